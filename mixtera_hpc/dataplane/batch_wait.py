@@ -56,7 +56,7 @@ class BatchWait:
     def advance(self, next_step: int) -> None:
         """Pass on what is ready, and tell the other ranks; does not block."""
         self._feed.advance()
-        if self._agreement.needs_offer(next_step):
+        if self._agreement.has_peers and self._agreement.needs_offer(next_step):
             self._agreement.offer(self._position(next_step))
 
     def next(
@@ -89,9 +89,7 @@ class BatchWait:
                 self._hold(is_planned, read_pause_s if is_planned else POLL_S)
                 if self._agreement.has_peers:
                     read_pause_s = min(read_pause_s * GROWTH, MAX_READ_POLL_S)
-            if self._held is not None and (
-                self._agreement.covers(next_step) or self._agreement.is_released(has_unfinished)
-            ):
+            if self._held is not None and self._may_hand_out(next_step, has_unfinished):
                 (batch,) = self._held
                 self._held = self._waiting_since = None
                 return batch
@@ -127,6 +125,11 @@ class BatchWait:
         """Complete what other ranks may wait for. **Collective.**"""
         self._agreement.finish()
         self._feed.finish()
+
+    def _may_hand_out(self, next_step: int, has_unfinished: bool) -> bool:
+        """Return whether no other rank waits for the batch that this rank holds."""
+        agreement = self._agreement
+        return not agreement.has_peers or agreement.covers(next_step) or agreement.is_released(has_unfinished)
 
     def _hold(self, is_planned: bool, timeout_s: float) -> None:
         """Take the next batch from the feed if it comes within `timeout_s`."""

@@ -93,10 +93,12 @@ class MixtureFeed:
         # Skipped data steps before this one come first: the algorithm counts steps in order.
         self._feed_skipped(self._ledger.data_step(statistics.step))
         data_step = self._ledger.feed(statistics.step)
-        chunk = data_step // self._source.config.dataplane.chunk_steps
-        weights = self._in_force.get(chunk)
-        self._in_force = {c: w for c, w in self._in_force.items() if c >= chunk}
-        self._mixtures.feed(replace(statistics, step=data_step, weights=weights))
+        chunk, number = divmod(data_step, self._source.config.dataplane.chunk_steps)
+        if number == 0:
+            self._in_force = {c: w for c, w in self._in_force.items() if c >= chunk}
+        # A mixture that does not learn costs almost nothing per step.
+        if self._mixtures.learns:
+            self._mixtures.feed(replace(statistics, step=data_step, weights=self._in_force.get(chunk)))
 
     def feed_held_out(self, statistics: DomainStatistics) -> None:
         """Pass held-out losses to the mixture of the training step that comes next, `statistics.step`."""

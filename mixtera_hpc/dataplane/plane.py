@@ -198,8 +198,8 @@ class DataPlane:
         """
         session = self._started_session()
         session.pauses_to_save = pause_to_save
-        while (batch := session.next_batch()) is not None:
-            yield batch
+        # No variable here holds a batch: its memory is free as soon as the trainer drops it.
+        yield from iter(session.next_batch, None)
 
     @property
     def is_interrupted(self) -> bool:

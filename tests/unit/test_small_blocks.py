@@ -90,7 +90,7 @@ def test_the_blocks_used_last_stay_within_the_budget(config: Config) -> None:
 
     blocks = small_blocks.SmallBlocks(250, read_bytes)
     for position in (0, 0, 1, 2, 0):
-        blocks.read(streams.documents(0, position * 40, position * 40 + 1), list)
+        blocks.read(streams.documents(0, position * 40, position * 40 + 1))
     assert len(numbers) == 4
     assert numbers[3] == numbers[0]
     assert blocks.num_bytes == 200

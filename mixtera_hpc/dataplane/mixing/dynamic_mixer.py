@@ -105,6 +105,8 @@ class DynamicMixer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._pending: list[Future[None]] = []
 
+    learns = True
+
     @property
     def problem(self) -> MixingProblem | None:
         """The updates that failed; None if there are none."""

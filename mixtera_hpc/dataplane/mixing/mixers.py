@@ -40,6 +40,10 @@ class Mixer(Protocol):
         """Return what an algorithm had learned when it decided the weights of `chunk`; shape (K,) each."""
 
     @property
+    def learns(self) -> bool:
+        """Whether `feed` and `feed_held_out` have any effect."""
+
+    @property
     def problem(self) -> MixingProblem | None:
         """Updates of a mixing algorithm that failed; None if there are none."""
 
@@ -60,6 +64,7 @@ class FixedMixer:
         self._weights = weights
 
     problem: MixingProblem | None = None
+    learns = False
 
     def weights_of(self, chunk: int) -> Weights | None:
         return self._weights
@@ -109,6 +114,10 @@ class BoundedMixer:
 
     def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
         return self._inner.description_of(chunk)
+
+    @property
+    def learns(self) -> bool:
+        return self._inner.learns
 
     @property
     def problem(self) -> MixingProblem | None:
@@ -172,6 +181,10 @@ class ScheduledMixer:
         # While a stage changes into the next one, the description is that of the one that learns.
         stages = self._stages[blend.stage : blend.stage + (2 if blend.share_of_next else 1)]
         return next((found for stage in stages if (found := stage.mixer.description_of(chunk))), {})
+
+    @property
+    def learns(self) -> bool:
+        return any(stage.mixer.learns for stage in self._stages)
 
     @property
     def problem(self) -> MixingProblem | None:

@@ -34,6 +34,11 @@ class MixtureSequence:
         self._decisions: dict[int, MixtureDecision] = {}
 
     @property
+    def learns(self) -> bool:
+        """Whether any mixer uses the statistics of steps."""
+        return any(mixer.learns for mixer in self._mixers.values())
+
+    @property
     def decisions(self) -> list[MixtureDecision]:
         """The accepted decisions, in order of chunks."""
         return [self._decisions[chunk] for chunk in sorted(self._decisions)]

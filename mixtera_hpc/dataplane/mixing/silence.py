@@ -2,8 +2,6 @@
 
 import logging
 
-import numpy as np
-
 from mixtera_hpc.config.mixture.learning import learning_parts, learning_warnings, needs_held_out
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
@@ -52,7 +50,7 @@ class SilenceWatch:
 
     def note_losses(self, statistics: DomainStatistics) -> None:
         """Take the statistics of a step."""
-        if np.any(statistics.num_sequences):
+        if self._learns and statistics.num_sequences.any():
             self._chunks_without_loss = 0
 
     def note_held_out(self) -> None:

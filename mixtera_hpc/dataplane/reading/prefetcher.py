@@ -13,9 +13,6 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource, with_sampl
 
 __all__ = ["Prefetcher"]
 
-PUT_TIMEOUT_S = 0.1
-"""How often the thread looks whether it should stop while the queue of batches is full."""
-
 
 @dataclass(frozen=True, slots=True)
 class _QueuedPlan:
@@ -28,7 +25,11 @@ class _EndOfData:
 
 
 class Prefetcher:
-    """Makes batches in a daemon thread, between a queue of plans and a bounded queue of batches."""
+    """Makes batches in a daemon thread, between a queue of plans and a queue of batches.
+
+    A third queue holds one token for every batch that there is room for. The queues are those without Python code: the
+    trainer's thread takes a batch in a microsecond, and no thread polls.
+    """
 
     def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
         """Start the thread; it prepares at most `prefetch_batches` batches."""
@@ -36,7 +37,10 @@ class Prefetcher:
         self.places = maker.places
         """Where the thread, or its processes, read."""
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
-        self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue(maxsize=prefetch_batches)
+        self._ready: queue.SimpleQueue[Batch | _EndOfData | BaseException] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(prefetch_batches):
+            self._room.put(None)
         self._end: _EndOfData | BaseException | None = None
         """What came instead of another batch; `get` repeats it."""
         self._stopping = threading.Event()
@@ -57,6 +61,7 @@ class Prefetcher:
         # After the end the queue stays empty: waiting for it would be for ever.
         item = self._end or self._ready.get(timeout=timeout_s)
         if isinstance(item, Batch):
+            self._room.put(None)
             return with_samples(item)
         self._end = item
         if isinstance(item, BaseException):
@@ -82,8 +87,9 @@ class Prefetcher:
                 the read returns. None waits without limit, so that the caller may free what the thread reads from.
         """
         self._stopping.set()
-        # Wakes the thread if it waits for a plan.
+        # Wakes the thread if it waits for a plan, or for room.
         self._plans.put(None)
+        self._room.put(None)
         self._thread.join(timeout=timeout_s)
 
     def _run(self) -> None:
@@ -104,10 +110,8 @@ class Prefetcher:
 
     def _put(self, item: Batch | _EndOfData | BaseException) -> bool:
         """Wait for room in the queue; return False when `close` was called meanwhile."""
-        while not self._stopping.is_set():
-            try:
-                self._ready.put(item, timeout=PUT_TIMEOUT_S)
-            except queue.Full:
-                continue
-            return True
-        return False
+        self._room.get()
+        if self._stopping.is_set():
+            return False
+        self._ready.put(item)
+        return True

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import STAGES, StageMaxima
 
-__all__ = ["maxima_of", "pack_times"]
+__all__ = ["maxima_of", "pack_times", "times_of"]
 
 MIN_S = 1e-5
 """Shorter times count as none."""
@@ -22,11 +22,17 @@ RATIO = 1.08
 """Between neighbouring codes; the largest code stands for 51 minutes or more."""
 MAX_CODE = 255
 LOG_RATIO = math.log(RATIO)
+_SECONDS = [0.0, *(MIN_S * math.exp(LOG_RATIO * (code - 1)) for code in range(1, MAX_CODE + 1))]
+"""Code → seconds."""
 
 
 def pack_times(seconds: Mapping[str, float]) -> int:
     """Return the times of this rank as one int64; a missing stage took no time."""
-    codes = bytes([_code_of(seconds.get(stage, 0.0)) for stage in STAGES])
+    codes = bytearray(len(STAGES))
+    for number, stage in enumerate(STAGES):
+        stage_s = seconds.get(stage, 0.0)
+        if stage_s >= MIN_S:
+            codes[number] = min(1 + round(math.log(stage_s / MIN_S) / LOG_RATIO), MAX_CODE)
     return int.from_bytes(codes, sys.byteorder, signed=True)
 
 
@@ -36,15 +42,12 @@ def maxima_of(packed: NDArray[np.int64]) -> StageMaxima:
     ranks = codes.argmax(axis=0).tolist()
     slowest = codes.max(axis=0).tolist()
     named = {stage: rank for stage, rank, code in zip(STAGES, ranks, slowest, strict=True) if code}
-    seconds = {stage: _seconds_of(code) for stage, code in zip(STAGES, slowest, strict=True) if code}
+    seconds = {stage: _SECONDS[code] for stage, code in zip(STAGES, slowest, strict=True) if code}
     return StageMaxima(seconds=seconds, ranks=named)
 
 
-def _code_of(seconds: float) -> int:
-    if seconds < MIN_S:
-        return 0
-    return min(1 + round(math.log(seconds / MIN_S) / LOG_RATIO), MAX_CODE)
-
-
-def _seconds_of(code: int) -> float:
-    return MIN_S * math.exp(LOG_RATIO * (code - 1))
+def times_of(packed: int) -> StageMaxima:
+    """Return what `maxima_of` returns of a single rank."""
+    codes = packed.to_bytes(len(STAGES), sys.byteorder, signed=True)
+    seconds = {stage: _SECONDS[code] for stage, code in zip(STAGES, codes, strict=True) if code}
+    return StageMaxima(seconds=seconds, ranks=dict.fromkeys(seconds, 0))

@@ -5,6 +5,7 @@ without waiting. The copy is read when the step is reduced, one step later, so t
 """
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,21 +37,38 @@ class StepLosses:
         self._step = batch.step
         self._positions = batch.positions
         self._domain_ids = batch.domain_ids
-        self._is_real = ~batch.is_padding
         self._has_samples = batch.payloads is not None
-        # A sample has one loss.
-        self._loss_mask: NDArray[np.bool_] = self._is_real[:, None] if self._has_samples else batch.loss_mask
+        self._mask_of_tokens = batch.loss_mask
         self.num_domains = num_domains
         self._num_parts = num_parts
         self._on_host: list[tuple[Rows, SequenceSums]] = []
         """Rows and their losses, of those that were recorded on the host."""
         self._on_device: DeviceSums | None = None
         """The losses that were recorded on an accelerator."""
-        self._num_tokens: Ints = _zeros((len(self._domain_ids),), np.int64)
-        """Counted tokens that were recorded of every sequence; shape (B,)."""
-        self._is_recorded: NDArray[np.bool_] = _zeros(self._loss_mask.shape, np.bool_)
         self.are_complete = False
         """True if every token of every sequence was recorded; with several parts, a part of every sequence."""
+
+    # Many trainers record no losses. Nothing is allocated for them.
+
+    @cached_property
+    def _is_real(self) -> NDArray[np.bool_]:
+        """Mask of the rows that are not padding; shape (B,)."""
+        return self._domain_ids >= 0
+
+    @cached_property
+    def _loss_mask(self) -> NDArray[np.bool_]:
+        """Mask of the losses that count; shape (B, T), or (B, 1) for samples, which have one loss each."""
+        return self._is_real[:, None] if self._has_samples else self._mask_of_tokens
+
+    @cached_property
+    def _num_tokens(self) -> Ints:
+        """Counted tokens that were recorded of every sequence; shape (B,)."""
+        return _zeros((len(self._domain_ids),), np.int64)
+
+    @cached_property
+    def _is_recorded(self) -> NDArray[np.bool_]:
+        """Mask of the losses that were recorded; shape of `_loss_mask`."""
+        return _zeros(self._loss_mask.shape, np.bool_)
 
     @property
     def has_losses(self) -> bool:

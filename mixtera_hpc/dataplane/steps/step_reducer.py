@@ -23,10 +23,10 @@ from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, stati
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of, times_of
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
-from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
+from mixtera_hpc.dataplane.steps.step_scalars import NUM_SCALAR_CHECKS, StepScalars, checks_of, values_per_domain
 
 __all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
 
@@ -34,9 +34,6 @@ Ints = NDArray[np.int64]
 
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
-NUM_SCALAR_CHECKS = 16
-"""Numbers of 32 bits that depend on which sequences have scalars. If k peers of each group record equal copies, each
-sum of them is a multiple of k; other copies pass all checks with a probability of k^-16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +133,7 @@ class StepReducer:
         self._content_weight = 1 - num_peers if batch_slice.is_group_leader else 1
         self._is_leader = batch_slice.is_group_leader
         self._parts = LossParts(parts) if parts is not None else None
+        self._is_alone = comm.size == 1 and parts is None
         self._loss_log = loss_log
         self._waiting: deque[_WaitingStep] = deque()
         """Steps whose losses may be on their way from an accelerator, in order; the newest ones."""
@@ -162,10 +160,19 @@ class StepReducer:
             is_counted: False for a step that was not finished: its losses are left out.
             scalars: this rank's scalars. If ranks record parts of sequences, those of the group's leader count.
         """
+        if self._is_alone and not (is_counted and losses.has_losses) and not (self._waiting or self._running):
+            self._complete_alone(step, flags)
+            return
         self._waiting.append(
             _WaitingStep(step=step, losses=losses, flags=flags, is_counted=is_counted, scalars=scalars)
         )
         self.advance()
+
+    def _complete_alone(self, step: int, flags: RankFlags) -> None:
+        """Complete a step without losses on the only rank: there is nothing to add up, and nothing to compare."""
+        rows = np.zeros((self._num_rows, self._num_domains), np.int64)
+        statistics = statistics_from_buffer(step, rows, self._scales, times_of(flags.times))
+        self._results.append(StepResult(statistics=statistics, stop=flags.stop, save=flags.save, reduce_s=0.0))
 
     def _post_waiting(self) -> None:
         """Start the reduction of the oldest step that waits for its losses; wait for the device."""
@@ -179,7 +186,7 @@ class StepReducer:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
             rows = np.concatenate([losses.total() if is_counted else nothing, scalars])
-            checks = _checks_of(scalars) if self._scales and is_counted and losses.has_losses else None
+            checks = checks_of(scalars) if self._scales and is_counted and losses.has_losses else None
             self.post(waiting.step, rows, waiting.flags, num_padding=num_padding, checks=checks)
             if self._loss_log and is_counted and losses.has_losses:
                 self._loss_log.write(waiting.step, losses.positions, losses.means())
@@ -223,7 +230,7 @@ class StepReducer:
             num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
             num_recorded: tokens that this rank recorded, if so.
-            checks: numbers that show which sequences have scalars (`_checks_of`), shape (NUM_SCALAR_CHECKS,). None if
+            checks: numbers that show which sequences have scalars (`checks_of`), shape (NUM_SCALAR_CHECKS,). None if
                 this rank recorded no losses, or the run has no scalars.
         """
         vote = self._group_hash if num_padding or rows[2].any() else 0
@@ -239,7 +246,7 @@ class StepReducer:
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        num_values = int(_values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
+        num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
         self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
 
     def poll(self) -> list[StepResult]:
@@ -336,19 +343,6 @@ class StepReducer:
             self._mismatch = reduction
 
         self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
-
-
-def _values_per_domain(rows: Ints) -> Ints:
-    """Return how many values every scalar has in every domain, given all rows of scalars; shape (scalars, K)."""
-    # The sums come first. Their last bits may differ between copies that were computed on several devices.
-    return np.asarray(rows.reshape(-1, ROWS_PER_SCALAR, rows.shape[1])[:, 1:].sum(axis=1), np.int64)
-
-
-def _checks_of(rows: Ints) -> Ints:
-    """Return numbers of 32 bits that depend on how many values each domain has; shape (NUM_SCALAR_CHECKS,)."""
-    content = np.ascontiguousarray(_values_per_domain(rows)).tobytes()
-    digest = hashlib.blake2b(content, digest_size=4 * NUM_SCALAR_CHECKS).digest()
-    return np.frombuffer(digest, "<u4").astype(np.int64)
 
 
 def _digest_of(contents: tuple[str, ...]) -> int:

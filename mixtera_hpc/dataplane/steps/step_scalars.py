@@ -3,6 +3,7 @@
 Values on an accelerator stay there until the step is reduced, one step later.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,11 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR, accumulate_scalar
 from mixtera_hpc.errors import CommError, did_you_mean
 
-__all__ = ["StepScalars"]
+__all__ = ["NUM_SCALAR_CHECKS", "StepScalars", "checks_of", "values_per_domain"]
+
+NUM_SCALAR_CHECKS = 16
+"""Numbers of 32 bits that depend on which sequences have scalars. If k peers of each group record equal copies, each
+sum of them is a multiple of k; other copies pass all checks with a probability of k^-16."""
 
 Rows = slice | NDArray[np.int64]
 
@@ -78,3 +83,16 @@ def _on_host(values: Any) -> NDArray[np.float64]:
     if isinstance(values, np.ndarray):
         return values
     return np.asarray(values.double().cpu().numpy())
+
+
+def values_per_domain(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many values every scalar has in every domain, given all rows of scalars; shape (scalars, K)."""
+    # The sums come first. Their last bits may differ between copies that were computed on several devices.
+    return np.asarray(rows.reshape(-1, ROWS_PER_SCALAR, rows.shape[1])[:, 1:].sum(axis=1), np.int64)
+
+
+def checks_of(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return numbers of 32 bits that depend on how many values each domain has; shape (NUM_SCALAR_CHECKS,)."""
+    content = np.ascontiguousarray(values_per_domain(rows)).tobytes()
+    digest = hashlib.blake2b(content, digest_size=4 * NUM_SCALAR_CHECKS).digest()
+    return np.frombuffer(digest, "<u4").astype(np.int64)

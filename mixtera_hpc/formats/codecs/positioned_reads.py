@@ -81,17 +81,19 @@ def merge_nearby(
     """
     # Rows of other domains lie between those of one domain. Close the smallest gaps first, and only so many that all
     # reads together have at most 1 + MAX_UNUSED times the bytes of the rows.
-    gaps = np.maximum(starts[1:] - stops[:-1], 0)
+    gaps = starts[1:] - stops[:-1]
+    is_near = gaps <= MAX_GAP_BYTES
     if files is not None:
-        gaps[files[1:] != files[:-1]] = MAX_GAP_BYTES + 1
-    ascending = np.argsort(gaps)
+        is_near &= files[1:] == files[:-1]
+    near = np.flatnonzero(is_near)
+    near_gaps = np.maximum(gaps[near], 0)
+    ascending = np.argsort(near_gaps, kind="stable")
     budget = MAX_UNUSED * int((stops - starts).sum())
-    num_closed = int(np.searchsorted(np.cumsum(gaps[ascending]), budget, side="right"))
+    num_closed = int(np.searchsorted(np.cumsum(near_gaps[ascending]), budget, side="right"))
 
-    is_closed = np.zeros(len(gaps), np.bool_)
-    is_closed[ascending[:num_closed]] = True
-    breaks = np.flatnonzero(~is_closed | (gaps > MAX_GAP_BYTES)) + 1
-    return np.concatenate([[0], breaks, [len(starts)]]) if len(starts) else np.zeros(1, np.intp)
+    is_break = np.ones(len(starts) + 1, np.bool_)
+    is_break[near[ascending[:num_closed]] + 1] = False
+    return np.flatnonzero(is_break) if len(starts) else np.zeros(1, np.intp)
 
 
 def row_byte_ranges(

@@ -8,9 +8,8 @@ the bytes of a block that other domains need at another time are read again.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -20,12 +19,8 @@ __all__ = ["MAX_SMALL_BLOCK_BYTES", "SmallBlocks"]
 
 MAX_SMALL_BLOCK_BYTES = 128 << 10
 """Largest block that is read as a whole: to open a file takes about as long on a parallel file system."""
-ROWS_AT_ONCE = 16
-"""Rows that are decoded together: their bytes are still in the first cache of a core."""
-
 ReadBytes = Callable[[int], bytes]
 """A function that reads all bytes of a block, given its number."""
-Decode = Callable[[Sequence[bytes]], list[Any]]
 
 
 class SmallBlocks:
@@ -45,13 +40,12 @@ class SmallBlocks:
         """Bytes of all blocks in memory."""
         return self._num_bytes
 
-    def read(self, documents: Documents, decode: Decode) -> list[Any]:
-        """Return the decoded rows of `documents`, which are sorted by block and row.
+    def read(self, documents: Documents) -> list[bytes]:
+        """Return the bytes of the rows of `documents`, which are sorted by block and row.
 
         Raises:
             OSError: a file cannot be opened or read.
             EOFError: a read was short.
-            ValueError: rows cannot be decoded.
         """
         starts = documents.offset.tolist()
         stops = (documents.offset + documents.length).tolist()
@@ -61,10 +55,7 @@ class SmallBlocks:
         for number, (first, last) in zip(block[borders[:-1]].tolist(), pairwise(borders), strict=True):
             data = self._get(number)
             lines += [data[start:stop] for start, stop in zip(starts[first:last], stops[first:last], strict=True)]
-        rows: list[Any] = []
-        for first in range(0, len(lines), ROWS_AT_ONCE):
-            rows += decode(lines[first : first + ROWS_AT_ONCE])
-        return rows
+        return lines
 
     def _get(self, number: int) -> bytes:
         """Return all bytes of a block, from memory if they are there."""

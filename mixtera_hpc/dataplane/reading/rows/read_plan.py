@@ -72,6 +72,10 @@ class ReadPlan:
         self.shared_sizes: list[int] = (ends - starts[first]).tolist()
         self.shared_borders: list[int] = [*borders.tolist(), len(rows)]
         """First row of each of these reads among all of their rows, and the number of these rows."""
-        self.row_starts: list[int] = starts[rows].tolist()
-        """First byte of each of these rows inside its shard."""
-        self.row_stops: list[int] = stops[rows].tolist()
+        read = np.repeat(np.arange(len(first)), np.diff(self.shared_borders))
+        self.read_of_row: list[int] = read.tolist()
+        """Number of the read of each of these rows."""
+        read_starts = starts[first][read]
+        self.row_starts: list[int] = (starts[rows] - read_starts).tolist()
+        """First byte of each of these rows inside its read."""
+        self.row_stops: list[int] = (stops[rows] - read_starts).tolist()

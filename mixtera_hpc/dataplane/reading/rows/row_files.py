@@ -1,6 +1,6 @@
 """Read and decode rows of files whose rows are decoded alike, from all files in one loop.
 
-Price per row: one positioned read and its share of a decoding call. Price per file and read: 2 µs, and 4 µs more where
+Price per row: one positioned read and its share of a decoding call. Price per file and call: 2 µs, and 5 µs more where
 it has to be opened, because not all files fit into the process's file descriptors.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 
-__all__ = ["RowFiles"]
+__all__ = ["ROWS_AT_ONCE", "RowFiles"]
 
-READS_AT_ONCE = 16
+ROWS_AT_ONCE = 16
 """Rows that are decoded together: their bytes are still in the first cache of a core."""
 
 DecodeRows = Callable[[Sequence[bytes]], list[Any]]
@@ -22,8 +22,20 @@ EnterShard = Callable[[int, int, int], None]
 """A function that gets the next shard, and the positions of its first and last row among those requested."""
 
 
+class _OpenFile:
+    __slots__ = ("descriptor", "last_use")
+
+    def __init__(self, descriptor: int, last_use: int) -> None:
+        self.descriptor = descriptor
+        self.last_use = last_use
+
+
 class RowFiles:
-    """Open files, by number of the shard. The files that were not used for longest are closed."""
+    """Open files, by number of the shard.
+
+    Calls of `read` go through the same files again and again, in ascending order. Where too many are open, a file that
+    the last two calls did not use is closed, or else the one that was used last: its turn comes latest.
+    """
 
     def __init__(self, data_root: str, paths: Sequence[str], max_open: int) -> None:
         """Open nothing yet.
@@ -36,10 +48,18 @@ class RowFiles:
         self._data_root = data_root
         self._paths = paths
         self._max_open = max_open
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        """Those that were used last at the end."""
+        self._num_calls = 0
+
+    def limit(self, max_open: int) -> None:
+        """Keep at most `max_open` files open from now on."""
+        self._max_open = max(max_open, 1)
+        while len(self._open) > self._max_open:
+            self._close_one()
 
     def read(
-        self, plan: ReadPlan, decode: DecodeRows, enter: EnterShard, at_once: int = READS_AT_ONCE
+        self, plan: ReadPlan, decode: DecodeRows, enter: EnterShard, at_once: int = ROWS_AT_ONCE
     ) -> Iterator[tuple[bool, list[Any]]]:
         """Yield groups of about `at_once` decoded rows, each with True if its rows share reads with others, else False.
 
@@ -50,6 +70,7 @@ class RowFiles:
             EOFError: a read was short, as on network file systems or behind the end of a file.
             ValueError: rows cannot be decoded.
         """
+        self._num_calls += 1
         single: list[bytes] = []
         shared: list[bytes] = []
         num_checked = 0
@@ -64,8 +85,9 @@ class RowFiles:
                     num_checked = own.stop
                     yield False, decode(single)
                     single = []
-            for read in range(file.first_shared, file.shared_stop):
-                for rows in _rows_of_read(descriptor, plan, read):
+            for begin in range(file.first_shared, file.shared_stop, at_once):
+                reads = range(begin, min(begin + at_once, file.shared_stop))
+                for rows in _rows_of_reads(descriptor, plan, reads, at_once):
                     shared += rows
                     if len(shared) >= at_once:
                         yield True, decode(shared)
@@ -75,6 +97,29 @@ class RowFiles:
             yield False, decode(single)
         if shared:
             yield True, decode(shared)
+
+    def read_raw(self, plan: ReadPlan, enter: EnterShard) -> list[bytes]:
+        """Return the bytes of all rows, in the order of `plan.positions`.
+
+        Raises:
+            OSError: a file cannot be opened or read.
+            EOFError: a read was short.
+        """
+        self._num_calls += 1
+        single: list[bytes] = []
+        shared: list[bytes] = []
+        for file in plan.files:
+            enter(file.shard, file.first_row, file.row_stop - 1)
+            descriptor = self._descriptor(file.shard)
+            own = slice(file.first_single, file.single_stop)
+            single += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
+            if file.first_shared < file.shared_stop:
+                reads = range(file.first_shared, file.shared_stop)
+                for rows in _rows_of_reads(descriptor, plan, reads, len(plan.read_of_row)):
+                    shared += rows
+        _check_sizes(single, plan.sizes)
+        single += shared
+        return single
 
     def read_bytes(self, shard: int, offset: int, size: int) -> bytes:
         """Return the bytes [offset, offset + size) of a file.
@@ -90,21 +135,29 @@ class RowFiles:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._open:
+            self._close_one()
 
     def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is not None:
-            self._descriptors.move_to_end(shard)
-            return descriptor
-        # The paths of data sets with names are absolute. pathlib takes longer than opening the file.
-        path = self._paths[shard]
-        descriptor = os.open(os.path.join(self._data_root, path), os.O_RDONLY | os.O_CLOEXEC)  # noqa: PTH118
-        self._descriptors[shard] = descriptor
-        if len(self._descriptors) > self._max_open:
-            os.close(self._descriptors.popitem(last=False)[1])
+        file = self._open.get(shard)
+        if file is not None:
+            self._open.move_to_end(shard)
+            file.last_use = self._num_calls
+            return file.descriptor
+        while len(self._open) >= self._max_open:
+            self._close_one()
+        # The paths of data sets with names are absolute. A library takes longer to join paths than to open the file.
+        name = self._paths[shard]
+        path = name if name[0] == "/" else f"{self._data_root}/{name}"
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = _OpenFile(descriptor, self._num_calls)
         return descriptor
+
+    def _close_one(self) -> None:
+        oldest = next(iter(self._open.values()))
+        is_unused = oldest.last_use < self._num_calls - 1
+        _, file = self._open.popitem(last=not is_unused)
+        os.close(file.descriptor)
 
 
 def _check_sizes(contents: Sequence[bytes], sizes: Sequence[int]) -> None:
@@ -113,19 +166,18 @@ def _check_sizes(contents: Sequence[bytes], sizes: Sequence[int]) -> None:
         raise EOFError
 
 
-def _rows_of_read(descriptor: int, plan: ReadPlan, number: int) -> Iterator[list[bytes]]:
-    """Yield the bytes of the rows that share a read, some rows at a time.
+def _rows_of_reads(descriptor: int, plan: ReadPlan, reads: range, at_once: int) -> Iterator[list[bytes]]:
+    """Yield the bytes of the rows of some reads of several rows each, at most `at_once` rows at a time.
 
     Raises:
-        EOFError: the read is too short.
+        EOFError: a read is too short.
     """
-    offset = plan.shared_offsets[number]
-    content = os.pread(descriptor, plan.shared_sizes[number], offset)
-    if len(content) != plan.shared_sizes[number]:
-        raise EOFError
-    stop = plan.shared_borders[number + 1]
-    for begin in range(plan.shared_borders[number], stop, READS_AT_ONCE):
-        own = slice(begin, min(begin + READS_AT_ONCE, stop))
+    sizes = plan.shared_sizes[reads.start : reads.stop]
+    contents = list(map(os.pread, repeat(descriptor), sizes, plan.shared_offsets[reads.start : reads.stop]))
+    _check_sizes(contents, sizes)
+    stop = plan.shared_borders[reads.stop]
+    for begin in range(plan.shared_borders[reads.start], stop, at_once):
+        own = slice(begin, min(begin + at_once, stop))
         # Copies of short rows are cheaper than views of them.
-        places = zip(plan.row_starts[own], plan.row_stops[own], strict=True)
-        yield [content[start - offset : end - offset] for start, end in places]
+        places = zip(plan.read_of_row[own], plan.row_starts[own], plan.row_stops[own], strict=True)
+        yield [contents[read - reads.start][start:end] for read, start, end in places]

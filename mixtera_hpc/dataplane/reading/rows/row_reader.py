@@ -8,6 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -21,28 +22,23 @@ from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
 from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.read_rows import ReadableShard, ReadRows
-from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
+from mixtera_hpc.dataplane.reading.rows.row_files import ROWS_AT_ONCE, RowFiles
+from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER, ROWS, ShardKinds
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import READ, TOKENIZE, ReadPlace
-from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, RowFormat, ShardReader, TokenReader
+from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
-from mixtera_hpc.formats.composed_text import is_composed, open_reader
+from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
-from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["RowReader"]
 
 logger = logging.getLogger("mixtera_hpc")
-
-# How a shard is read: not known yet, by its reader row by row, or by decoding whole blocks. A kind of _FIRST_DECODER or
-# more is the number of a decoder. The negative number of a decoder stands for rows of small blocks.
-_UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
-
 
 Convert = Callable[[list[Any]], Sequence[Any]]
 CONVERTED_AT_ONCE = 512
@@ -70,14 +66,11 @@ class RowReader:
         self.place = ReadPlace()
         """The place of this reader in the data, for the watchdog."""
         index = source.index
-        # One half for the readers of single shards, one for files that share a loop.
-        self._max_open_shards = max_open_shards() // 2
+        self._max_open_shards = max_open_shards()
         self._shards: OrderedDict[int, ReadableShard] = OrderedDict()
+        """The readers of single shards, at most half of what may be open; files that share a loop have the rest."""
         self._files = RowFiles(index.data_root, index.shard_paths, self._max_open_shards)
-        self._decoders: list[RowDecoder] = []
-        self._kinds: dict[tuple[str, str | None], int] = {}
-        """Format and text path of shards whose kind is known before they are opened → kind."""
-        self._shard_kinds = np.zeros(len(index.shard_paths), np.int16)
+        self._kinds = ShardKinds(index.shard_formats, index.shard_texts)
         self._paths = ShardPaths(index.data_root, index.shard_paths)
         self.formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
@@ -105,28 +98,38 @@ class RowReader:
             convert: a function from a list of rows to one value per row. The values replace the rows.
         """
         shards = self._source.blocks.shard[documents.block]
-        kinds = self._kinds_of(documents, shards)
+        kinds = self._kinds.of(shards, partial(self._kind_of_opened, documents, shards))
         # The other rows of a block are worth keeping, but not if it has only one.
-        is_block = kinds == _BLOCKS
+        is_block = kinds == BLOCKS
         if is_block.any():
-            kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), _ROWS, kinds)
+            kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), ROWS, kinds)
         if self._small_blocks is not None:
             is_small = self._source.blocks.length[documents.block] <= MAX_SMALL_BLOCK_BYTES
-            kinds = np.where((kinds >= _FIRST_DECODER) & is_small, -kinds, kinds)
+            # The negative number of a decoder stands for rows of small blocks.
+            kinds = np.where((kinds >= FIRST_DECODER) & is_small, -kinds, kinds)
         if len(kinds) and (kinds == kinds[0]).all():
             return self._read_kind(int(kinds[0]), documents, shards, raw, convert)
+        chosen = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds).tolist()]
+        reads = [
+            self._read_kind(int(kinds[own[0]]), documents.select(own), shards[own], raw, convert) for own in chosen
+        ]
+        return self._joined(reads, chosen, documents)
+
+    def _joined(self, reads: list[ReadRows], chosen: list[NDArray[np.intp]], documents: Documents) -> ReadRows:
+        """Return all rows of reads of some of the documents each; decoded, unless all have the same decoder."""
+        positions = np.concatenate(
+            [np.zeros(0, np.intp), *(own[read.positions] for read, own in zip(reads, chosen, strict=True))]
+        )
+        decoder = reads[0].decoder if reads else None
+        if all(read.decoder is decoder for read in reads):
+            return ReadRows(list(chain.from_iterable(read.rows for read in reads)), positions, decoder)
         rows: list[Any] = []
-        parts = [np.zeros(0, np.intp)]
-        for kind in np.unique(kinds).tolist():
-            chosen = np.flatnonzero(kinds == kind)
-            of_kind = documents.select(chosen)
-            read = self._read_kind(kind, of_kind, shards[chosen], raw, convert)
+        for read, own in zip(reads, chosen, strict=True):
             if read.decoder is None:
                 rows += read.rows
             else:
-                rows += self.decode(read.decoder, read.rows, partial(of_kind.select, read.positions))
-            parts.append(chosen[read.positions])
-        return ReadRows(rows, np.concatenate(parts))
+                rows += self.decode(read.decoder, read.rows, partial(documents.select, own[read.positions]))
+        return ReadRows(rows, positions)
 
     def decode(self, decoder: RowDecoder, rows: Sequence[bytes], documents_of: Callable[[], Documents]) -> list[Any]:
         """Decode raw samples that were read as bytes.
@@ -165,10 +168,12 @@ class RowReader:
         self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool, convert: Convert | None
     ) -> ReadRows:
         """Read rows of shards of one kind."""
-        if kind >= _FIRST_DECODER:
+        if kind >= FIRST_DECODER:
             self._guard.use(shards)
             try:
-                return self._read_from_files(self._decoders[kind - _FIRST_DECODER], documents, shards, raw, convert)
+                return self._read_from_files(
+                    self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw, convert
+                )
             except (OSError, EOFError, ValueError) as error:
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
                 self._log_another_read(shards, error)
@@ -177,10 +182,15 @@ class RowReader:
         for first in range(0, len(shards), size):
             own = slice(first, first + size)
             group = documents if convert is None else documents.select(own)
-            if kind == _BLOCKS:
+            if kind == BLOCKS:
                 read = self._resident(raw).read(group)
             elif kind < 0:
-                read = self._read_from_small_blocks(self._decoders[-kind - _FIRST_DECODER], group, shards[own], raw=raw)
+                small = self._read_from_small_blocks(
+                    self._kinds.decoders[-kind - FIRST_DECODER], group, shards[own], raw=raw
+                )
+                if raw:
+                    return small
+                read = small.rows
             else:
                 read = self._read_from_shards(group, shards[own], raw=raw)
             rows += read if convert is None else self._converted(convert, read)
@@ -208,12 +218,14 @@ class RowReader:
             self.place.enter(READ, *place)
 
         plan = ReadPlan(shards, starts, documents.length)
+        if raw:
+            return ReadRows(self._files.read_raw(plan, enter), plan.positions, decoder)
         # Rows with a read of their own, and rows that share reads.
         rows: tuple[list[Any], list[Any]] = [], []
         if convert is None:
-            for is_shared, read in self._files.read(plan, list if raw else decoder.documents, enter, READ_AT_ONCE):
+            for is_shared, read in self._files.read(plan, decoder.documents, enter, READ_AT_ONCE):
                 rows[is_shared].extend(read)
-            return ReadRows(rows[0] + rows[1], plan.positions, decoder if raw else None)
+            return ReadRows(rows[0] + rows[1], plan.positions)
 
         unconverted: tuple[list[Any], list[Any]] = [], []
         for is_shared, decoded in self._files.read(plan, decoder.documents, enter):
@@ -240,15 +252,17 @@ class RowReader:
 
     def _read_from_small_blocks(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], *, raw: bool
-    ) -> list[Any]:
-        """Read rows of blocks that stay in memory as a whole."""
+    ) -> ReadRows:
+        """Read rows of blocks that stay in memory as a whole; raw samples stay bytes."""
+        positions = np.arange(len(shards))
         if self._small_blocks is not None:
             try:
-                return self._small_blocks.read(documents, decoder.payloads if raw else decoder.documents)
+                lines = self._small_blocks.read(documents)
+                return ReadRows(lines, positions, decoder) if raw else ReadRows(_texts(decoder, lines), positions)
             except (OSError, EOFError, ValueError) as error:
                 # As for other blocks, the readers of the shards name the shard that is damaged.
                 self._log_another_read(shards, error)
-        return self._read_from_shards(documents, shards, raw=raw)
+        return ReadRows(self._read_from_shards(documents, shards, raw=raw), positions)
 
     def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
         """Read rows that are sorted by block and row, without keeping others."""
@@ -281,36 +295,13 @@ class RowReader:
         ends = [int(first_rows[documents.block[i]]) + int(documents.row[i]) for i in (first, last)]
         self.place.enter(READ, shard, *ends)
 
-    def _kinds_of(self, documents: Documents, shards: NDArray[np.int32]) -> NDArray[np.int16]:
-        """Return how each shard is read. Some shards have to be opened when they are first asked for."""
-        kinds = self._shard_kinds[shards]
-        if (kinds == _UNKNOWN).any():
-            for number in np.unique(shards[kinds == _UNKNOWN]).tolist():
-                self._shard_kinds[number] = self._closed_kind(number) or self._opened_kind(documents, shards, number)
-            kinds = self._shard_kinds[shards]
-        return kinds
-
-    def _closed_kind(self, number: int) -> int:
-        """Return the kind of a shard whose rows have a decoder, else `_UNKNOWN`."""
-        index = self._source.index
-        name = index.shard_formats[number]
-        text = index.shard_texts[number]
-        if (name, text) not in self._kinds:
-            kind = _UNKNOWN
-            row_format = load_format(name)
-            if isinstance(row_format, RowFormat) and not is_composed(text):
-                kind = _FIRST_DECODER + len(self._decoders)
-                self._decoders.append(row_format.row_decoder(text))
-            self._kinds[name, text] = kind
-        return self._kinds[name, text]
-
-    def _opened_kind(self, documents: Documents, shards: NDArray[np.int32], number: int) -> int:
+    def _kind_of_opened(self, documents: Documents, shards: NDArray[np.int32], number: int) -> int:
         """Open a shard, and return its kind."""
         of_shard = np.flatnonzero(shards == number)
         self._enter_shard(documents, number, int(of_shard[0]), int(of_shard[-1]))
         shard = self._shard(number)
         is_decoded = shard.range_reader is None and shard.token_reader is None
-        return _BLOCKS if is_decoded else _ROWS
+        return BLOCKS if is_decoded else ROWS
 
     def _resident(self, raw: bool) -> ResidentRows:
         """Return the rows in memory; texts and whole rows are kept apart."""
@@ -390,7 +381,14 @@ class RowReader:
         shard = ReadableShard(reader, range_reader, token_reader)
         self._shards[number] = shard
         # Each open shard costs a file descriptor; a run may have many thousands of shards.
-        if len(self._shards) > self._max_open_shards:
+        if len(self._shards) > self._max_open_shards // 2:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
+        self._files.limit(self._max_open_shards - len(self._shards))
         return shard
+
+
+def _texts(decoder: RowDecoder, rows: Sequence[bytes]) -> list[Any]:
+    """Decode rows to texts, some rows at a time."""
+    groups = (decoder.documents(rows[first : first + ROWS_AT_ONCE]) for first in range(0, len(rows), ROWS_AT_ONCE))
+    return list(chain.from_iterable(groups))
