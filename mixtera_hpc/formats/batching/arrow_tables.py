@@ -21,6 +21,11 @@ from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, unrea
 
 __all__ = ["TableBatcher", "column_at", "first_key", "payloads_of", "rows_of", "texts_of", "type_at", "without_views"]
 
+ROWS_AT_ONCE = 64
+TEXTS_AT_ONCE = 256
+"""Rows and texts that one call of Arrow converts to Python objects. It keeps the interpreter's lock, and a row group
+may have 100,000 rows, for which the trainer's thread would wait for a tenth of a second."""
+
 # Types without views; the large ones have 64-bit offsets, so that any column can be converted.
 _PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
 _TEXT_TYPES = (pa.string(), pa.binary(), *_PLAIN_TYPES, *_PLAIN_TYPES.values())
@@ -142,8 +147,15 @@ def _check_text_column(schema: Any, text: str, path: Path) -> None:
 def _to_texts(text: Any) -> list[str]:
     """Convert a text column; null becomes None."""
     # The cast also decodes dictionaries, and verifies that binary data is UTF-8.
-    texts: list[str] = pc.cast(text, pa.large_string()).to_pylist()
-    return texts
+    return _to_objects(pc.cast(text, pa.large_string()), TEXTS_AT_ONCE)
+
+
+def _to_objects(values: Any, at_once: int) -> list[Any]:
+    """Return the values of a column or the rows of a table, converting `at_once` of them in a call."""
+    objects: list[Any] = []
+    for first in range(0, len(values), at_once):
+        objects += values.slice(first, at_once).to_pylist()
+    return objects
 
 
 def _to_texts_one_by_one(text: Any) -> tuple[list[str], list[tuple[int, str]]]:
@@ -250,7 +262,7 @@ def payloads_of(table: Any, block: BlockRef, rows: NDArray[Any], path: Path) -> 
     """
     chosen = table.take(pa.array(rows))
     try:
-        payloads: list[dict[str, Any]] = chosen.to_pylist()
+        payloads: list[dict[str, Any]] = _to_objects(chosen, ROWS_AT_ONCE)
     except _VALUE_ERRORS as error:
         bad = [int(row) for i, row in enumerate(rows) if _undecodable_rows(chosen.slice(i, 1))]
         place = f"row {block.first_row + bad[0]}" if bad else "a row"
@@ -269,7 +281,7 @@ def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
         DataError: a text in them is not valid UTF-8.
     """
     try:
-        rows: list[dict[str, Any]] = table.to_pylist()
+        rows: list[dict[str, Any]] = _to_objects(table, ROWS_AT_ONCE)
     except _VALUE_ERRORS as error:
         raise unreadable_error(path, "a row", error) from None
     return rows
