@@ -10,6 +10,7 @@ Only raw Philox words are used, because their stream is fixed. `Generator.permut
 releases.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,14 +96,34 @@ class ShuffleOrder:
 
     def rows(self, domain: int, epoch: int, window: int, num_rows: int) -> Ints:
         """Return the order of the rows of a window; a permutation of shape (num_rows,)."""
+        return self.rows_of_windows([(domain, epoch, window)], [num_rows])
+
+    def rows_of_windows(self, windows: Sequence[tuple[int, int, int]], num_rows: Sequence[int]) -> Ints:
+        """Return the order of the rows of several windows, one window after the other.
+
+        Args:
+            windows: domain, epoch and number of each window.
+            num_rows: of each window.
+
+        Returns:
+            Positions among the rows of all windows, whose windows do not mix; shape (sum(num_rows),).
+        """
         if self.shuffle != "window":
-            return np.arange(num_rows)
-        # Philox advances the first counter word; the others separate the streams.
-        words = self._words(domain, [0, window, epoch, ROW_WORDS], num_rows)
-        order = np.argsort(words)
-        ordered = words[order]
-        # Equal words keep their order. They hardly ever occur, and a stable sort takes four times as long.
-        return np.argsort(words, kind="stable") if (ordered[1:] == ordered[:-1]).any() else order
+            return np.arange(sum(num_rows))
+        # A new generator takes longer than the words of a small window.
+        generator = np.random.Philox(key=np.zeros(2, np.uint64))
+        state = generator.state
+        state["state"]["key"][0] = self.seed
+        start = 0
+        orders = [np.zeros(0, np.int64)]
+        for (domain, epoch, window), count in zip(windows, num_rows, strict=True):
+            state["state"]["key"][1] = domain
+            # Philox advances the first counter word; the others separate the streams.
+            state["state"]["counter"][:] = 0, window, epoch, ROW_WORDS
+            generator.state = state
+            orders.append(_ascending(generator.random_raw(count)) + start)
+            start += count
+        return np.concatenate(orders)
 
     def _blocks(self, epoch: int, blocks: NDArray[np.integer[Any]]) -> Ints:
         """Return the order of some blocks of the index, as positions in `blocks`."""
@@ -113,6 +134,14 @@ class ShuffleOrder:
         """Return raw Philox words with the key (seed, stream)."""
         key = np.array([self.seed, stream], np.uint64)
         return np.random.Philox(key=key, counter=np.array(counter, np.uint64)).random_raw(num_words)
+
+
+def _ascending(words: NDArray[np.uint64]) -> Ints:
+    """Return the order of words. Equal ones keep their order; they hardly ever occur."""
+    order = np.argsort(words)
+    ordered = words[order]
+    # A stable sort takes four times as long.
+    return np.argsort(words, kind="stable") if (ordered[1:] == ordered[:-1]).any() else order
 
 
 def block_words(keys: NDArray[np.uint64], blocks: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:

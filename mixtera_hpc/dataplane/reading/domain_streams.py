@@ -4,7 +4,8 @@ A stream is the endless ordered sequence of one domain's items (tokens or sample
 of windows, groups of blocks inside which rows are shuffled. All positions of a read are looked up together, over all
 domains and lanes. Price: about 0.2 µs per document and lookup. The first access to an epoch orders the domain's blocks
 once, O(blocks). The first access to a window reads the sample columns of its blocks, if another domain or epoch has not
-read them before. Windows and columns are cached within byte budgets.
+read them before. It also builds the next windows of streams that need them within a few reads. Windows and columns are
+cached within byte budgets.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.lanes import ServedPart, cut_spans
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples, ReadBlocks
 from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
-from mixtera_hpc.dataplane.reading.lookup.epoch_orders import EpochOrders
+from mixtera_hpc.dataplane.reading.lookup.epoch_orders import NOT_IN_MEMORY, EpochOrders
 from mixtera_hpc.dataplane.reading.lookup.repeated_epochs import RepeatedEpochs
 from mixtera_hpc.dataplane.reading.lookup.window_builder import build_windows
 from mixtera_hpc.dataplane.reading.lookup.window_table import StreamWindow, WindowTable
@@ -237,11 +238,10 @@ class DomainStreams:
         if self._windows.num_bytes <= self._max_bytes:
             return
         chosen = self._windows.recently_used(self._max_bytes // 2)
-        # One more number, which stays -1, is that of the windows that are not in memory.
-        numbers = np.full(len(self._windows) + 1, -1, np.int64)
+        numbers = np.full(len(self._windows), NOT_IN_MEMORY, np.int64)
         numbers[chosen] = np.arange(len(chosen))
         self._windows = self._windows.select(chosen)
-        self._orders.window = numbers[self._orders.window]
+        self._orders.renumber(numbers)
         self._repeated.renumber(numbers)
 
     def _cut_at_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> tuple[Ints, Ints, Ints, Ints]:
@@ -269,13 +269,13 @@ class DomainStreams:
     def _window_parts(self, domain: Ints, epoch: Ints, begin: Ints, end: Ints) -> _WindowParts:
         """Cut spans of epochs at the borders of windows, and build the windows that are not in memory."""
         spans = self._orders.find(domain, epoch, begin, end)
-        window = self._orders.window[spans.cell]
-        missing = np.unique(spans.cell[window < 0])
+        missing = self._orders.missing(spans)
         if len(missing):
             first = len(self._windows)
             build_windows(self._layout, self._samples, self._orders.window_keys(missing), self._windows)
-            self._orders.window[missing] = np.arange(first, first + len(missing))
-            window = self._orders.window[spans.cell]
+            self._orders.window[missing] = np.arange(first, len(self._windows))
+            self._windows.use(self._orders.window[missing], self._num_lookups)
+        window = self._orders.window[spans.cell]
         self._windows.use(window, self._num_lookups)
         return _WindowParts(window, spans.begin, spans.end)
 

@@ -14,9 +14,15 @@ from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 
-__all__ = ["EpochOrders", "WindowKey", "WindowSpans"]
+__all__ = ["EPOCH_END", "NOT_IN_MEMORY", "EpochOrders", "WindowKey", "WindowSpans"]
 
 Ints = NDArray[np.int64]
+NOT_IN_MEMORY = -1
+"""The number of a window that is not in the window table."""
+EPOCH_END = -2
+"""The number in place of a window behind the last one of an epoch."""
+READS_AHEAD = 8
+"""A window that is needed within so many reads of the same size is built together with those that are missing."""
 
 
 class WindowKey(NamedTuple):
@@ -55,7 +61,7 @@ class EpochOrders:
         self._keys: Ints = np.zeros(0, np.int64)
         """The first item of every window and the end of every epoch, as keys; ascending."""
         self.window: Ints = np.zeros(0, np.int64)
-        """Number in the window table of the window of each cell, -1 if it is not there."""
+        """Number in the window table of the window of each cell, or `NOT_IN_MEMORY`, or `EPOCH_END`."""
 
     def can_hold(self, domain: Ints, epoch: Ints) -> bool:
         """Return whether all these epochs can be in memory together."""
@@ -96,6 +102,22 @@ class EpochOrders:
         start = self._keys[cell]
         return WindowSpans(cell, begin - start, end - start)
 
+    def missing(self, spans: WindowSpans) -> Ints:
+        """Return the cells of spans whose windows are not in memory; if there are any, also those needed soon."""
+        missing = spans.cell[self.window[spans.cell] < 0]
+        if not len(missing):
+            return missing
+        following = spans.cell + 1
+        num_remaining = self._keys[following] - self._keys[spans.cell] - spans.end
+        is_needed_soon = num_remaining < READS_AHEAD * (spans.end - spans.begin)
+        soon = following[is_needed_soon & (self.window[following] == NOT_IN_MEMORY)]
+        return np.unique(np.concatenate([missing, soon]))
+
+    def renumber(self, numbers: Ints) -> None:
+        """Follow a change of the window table; `numbers` has the new number of each window, or `NOT_IN_MEMORY`."""
+        in_table = np.flatnonzero(self.window >= 0)
+        self.window[in_table] = numbers[self.window[in_table]]
+
     def window_keys(self, cells: Ints) -> list[tuple[WindowKey, EpochOrder]]:
         """Return the identity of the windows of some cells, and the order of their epochs."""
         slots = np.array(list(self._orders), np.int64)
@@ -118,7 +140,8 @@ class EpochOrders:
             order = self._layout.epoch_order(slot // 2, epoch)
             self._orders[slot] = order
             self._epoch[slot] = epoch
-            windows[slot] = np.full(len(order.starts), -1, np.int64)
+            windows[slot] = np.full(len(order.starts), NOT_IN_MEMORY, np.int64)
+            windows[slot][-1] = EPOCH_END
 
         # Slots ascend, and so do their keys.
         self._orders = dict(sorted(self._orders.items()))
