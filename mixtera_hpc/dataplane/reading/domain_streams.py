@@ -54,6 +54,16 @@ class Documents:
     """One past the last item that is wanted."""
 
     @cached_property
+    def wanted(self) -> Ints:
+        """Items of each document that are wanted."""
+        return self.last - self.first
+
+    @cached_property
+    def wanted_stops(self) -> Ints:
+        """Items that are wanted of all documents up to each one."""
+        return np.cumsum(self.wanted)
+
+    @cached_property
     def block(self) -> NDArray[np.int32]:
         """Block of each document."""
         return self.windows.values("block", self.number, np.int32)

@@ -77,6 +77,15 @@ class WindowTable:
         """Return the identity of a window."""
         return self._keys[number]
 
+    @property
+    def num_rows(self) -> int:
+        """One more than the highest number of a document."""
+        return len(self._columns)
+
+    def documents_of(self, windows: Ints) -> Ints:
+        """Return the numbers of the documents of some windows."""
+        return concatenated_ranges(self._windows["first"][windows], self._counts()[windows])
+
     def num_documents(self, windows: Ints) -> Ints:
         """Return the documents of some windows."""
         return self._counts()[windows]

@@ -2,11 +2,12 @@
 
 All mapped files of one integer type are views of a single numpy array that spans the addresses between them. One index
 array therefore reaches the tokens of any number of files in one call. The array also covers addresses that belong to
-nobody, so every index must come from a checked byte range (`MappedFiles.first_tokens`).
+nobody, so every range of tokens must have been compared with the size of its file (`MappedFiles.num_bytes`).
 """
 
 import resource
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 
-__all__ = ["MappedFiles", "map_array", "max_mapped_files"]
+__all__ = ["FilesMemory", "MappedFiles", "file_groups", "map_array", "max_mapped_files"]
 
 Ints = NDArray[np.int64]
 
@@ -46,6 +47,29 @@ def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
+def file_groups(files: NDArray[np.integer[Any]]) -> list[NDArray[np.intp] | slice]:
+    """Return groups of the positions in `files`, each with so many different files that all of them can be mapped."""
+    limit = max_mapped_files()
+    if len(files) <= limit:
+        return [slice(None)]
+    distinct = np.unique(files)
+    if len(distinct) <= limit:
+        return [slice(None)]
+    group = np.searchsorted(distinct, files) // limit
+    return [np.flatnonzero(group == number) for number in range(int(group.max()) + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class FilesMemory:
+    """All mapped files of one integer type."""
+
+    tokens: NDArray[Any]
+    """The memory from the first token of the file with the lowest address to the last token of that with the highest.
+    Read only what belongs to a file, or position 0."""
+    first: Ints
+    """Position of the first token of each file; meaningless for files that are not mapped, or have another type."""
+
+
 class MappedFiles:
     """Maps files when they are first needed, and unmaps those that were not used for longest. Not thread-safe."""
 
@@ -60,9 +84,9 @@ class MappedFiles:
         self._files: dict[int, NDArray[Any]] = {}
         self._types: list[np.dtype[Any]] = []
         """The integer types of all files so far; a type has the number of its position."""
-        self._spans: dict[int, tuple[int, NDArray[Any]]] = {}
-        """Type → lowest address and the array over its files. Emptied when a file is mapped or unmapped."""
-        # One entry per file; the last three are meaningless for files that are not mapped.
+        self._memory: dict[int, FilesMemory] = {}
+        """Type → its files. Emptied when a file is mapped or unmapped."""
+        # One entry per file; meaningless for files that are not mapped, but for the number of bytes.
         self._is_mapped = np.zeros(num_files, np.bool_)
         self._last_use = np.zeros(num_files, np.int64)
         self._address = np.zeros(num_files, np.int64)
@@ -70,10 +94,16 @@ class MappedFiles:
         self._type = np.zeros(num_files, np.int8)
         self._num_calls = 0
 
+    def distinct(self, files: NDArray[np.integer[Any]]) -> NDArray[np.intp]:
+        """Return the different numbers among `files`, ascending."""
+        is_used = np.zeros(len(self._type), np.bool_)
+        is_used[files] = True
+        return np.flatnonzero(is_used)
+
     def map(self, files: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
         """Map all of `files`, which may repeat, and return the number of each one's integer type.
 
-        They stay mapped until the next call. At most `max_mapped_files` distinct files can be requested.
+        They stay mapped until the next call, if they are at most `max_mapped_files` different ones.
         """
         self._num_calls += 1
         self._last_use[files] = self._num_calls
@@ -85,29 +115,42 @@ class MappedFiles:
         types: NDArray[np.int8] = self._type[files]
         return types
 
-    def first_tokens(self, files: NDArray[np.integer[Any]], starts: Ints, lengths: Ints) -> Ints | None:
-        """Return the position in `span` of the first token of each byte range; None if a range is not in its file.
+    def item_sizes(self, files: NDArray[np.integer[Any]]) -> Ints:
+        """Return the bytes of a token of each file, which are mapped now if there is room for all of them."""
+        types = self.map(files)
+        return np.array([dtype.itemsize for dtype in self._types], np.int64)[types]
 
-        Args:
-            files: the mapped file of each range; all have the same integer type.
-            starts: first byte of each range in its file.
-            lengths: bytes of each range.
-        """
-        low, span = self._span(int(self._type[files[0]]))
-        is_aligned = not ((starts | lengths) & (span.itemsize - 1)).any()
-        is_inside = (starts >= 0) & (lengths >= 0) & (starts + lengths <= self._num_bytes[files])
-        if not is_aligned or not is_inside.all():
-            return None
-        first: Ints = (self._address[files] - low + starts) // span.itemsize
-        return first
+    def num_bytes(self, files: Any) -> Any:
+        """Return the size of each of some files, or of one; 0 for those that were never mapped."""
+        return self._num_bytes[files]
 
-    def span(self, type_number: int) -> NDArray[Any]:
-        """Return the array over all mapped files of a type. Read only positions from `first_tokens`, or position 0."""
-        return self._span(type_number)[1]
+    def tokens_at(self, files: NDArray[np.integer[Any]], tokens: Ints) -> Ints:
+        """Return single tokens of mapped files, given their positions in the files."""
+        ids = np.empty(len(files), np.int64)
+        types = self._type[files]
+        for number in np.unique(types).tolist():
+            own = np.flatnonzero(types == number)
+            memory = self.memory(number)
+            ids[own] = memory.tokens[memory.first[files[own]] + tokens[own]]
+        return ids
+
+    def memory(self, type_number: int) -> FilesMemory:
+        """Return all mapped files of a type as one array."""
+        if type_number not in self._memory:
+            dtype = self._types[type_number]
+            files = np.flatnonzero(self._is_mapped & (self._type == type_number))
+            lowest = int(files[np.argmin(self._address[files])])
+            low = int(self._address[lowest])
+            # One token stands for an empty file.
+            high = int((self._address[files] + np.maximum(self._num_bytes[files], dtype.itemsize)).max())
+            shape = ((high - low) // dtype.itemsize,)
+            tokens = as_strided(self._files[lowest][:1], shape=shape, strides=(dtype.itemsize,), writeable=False)
+            self._memory[type_number] = FilesMemory(tokens, (self._address - low) // dtype.itemsize)
+        return self._memory[type_number]
 
     def close(self) -> None:
         """Unmap all files."""
-        self._spans.clear()
+        self._memory.clear()
         self._files.clear()
         self._is_mapped[:] = False
 
@@ -117,7 +160,7 @@ class MappedFiles:
             oldest = min(self._files, key=self._last_use.__getitem__)
             if self._last_use[oldest] == self._num_calls:
                 return
-            self._spans.clear()
+            self._memory.clear()
             del self._files[oldest]
             self._is_mapped[oldest] = False
 
@@ -131,18 +174,4 @@ class MappedFiles:
         self._type[number] = self._types.index(ids.dtype)
         self._address[number] = ids.ctypes.data
         self._is_mapped[number] = True
-        self._spans.clear()
-
-    def _span(self, type_number: int) -> tuple[int, NDArray[Any]]:
-        """Return the lowest address of the files of a type, and an array from there to the end of the highest."""
-        if type_number not in self._spans:
-            dtype = self._types[type_number]
-            files = np.flatnonzero(self._is_mapped & (self._type == type_number))
-            lowest = int(files[np.argmin(self._address[files])])
-            low = int(self._address[lowest])
-            # One token stands for an empty file.
-            high = int((self._address[files] + np.maximum(self._num_bytes[files], dtype.itemsize)).max())
-            shape = ((high - low) // dtype.itemsize,)
-            span = as_strided(self._files[lowest][:1], shape=shape, strides=(dtype.itemsize,), writeable=False)
-            self._spans[type_number] = low, span
-        return self._spans[type_number]
+        self._memory.clear()

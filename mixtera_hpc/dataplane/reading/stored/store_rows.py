@@ -3,7 +3,7 @@
 Price: 8 bytes of a memory-mapped file per document that is read.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +15,9 @@ from mixtera_hpc.dataplane.reading.stored.mapped_files import map_array
 from mixtera_hpc.dataplane.reading.unchanged.store_watch import StoreWatch
 from mixtera_hpc.formats.registry import load_format
 
-__all__ = ["Places", "StoreRows"]
+__all__ = ["StoreRows"]
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where documents lie in files; shape (n,) each."""
-
-    file: Ints
-    start: Ints
-    """First byte in the file."""
-    length: Ints
-    """Bytes of the document."""
-    may_have_added: NDArray[np.bool_]
-    """Whether special tokens may be stored at the borders of the document."""
-
-    def select(self, chosen: NDArray[np.bool_] | slice) -> "Places":
-        """Return some of the places."""
-        return Places(self.file[chosen], self.start[chosen], self.length[chosen], self.may_have_added[chosen])
 
 
 class StoreRows:
@@ -60,23 +43,31 @@ class StoreRows:
         for watch in self._watches:
             watch.check()
 
-    def locate(self, documents: Documents, num_shards: int, places: Places) -> None:
-        """Set the places of the documents that a store holds.
+    def set_files(self, documents: Documents, num_shards: int, file: NDArray[np.int32]) -> None:
+        """Set the file of the documents that a store holds; the files of stores have the numbers after the shards."""
+        for number, chosen in enumerate(self._documents_of_stores(documents)):
+            file[chosen] = num_shards + number
+
+    def locate(self, documents: Documents, sizes: Ints, itemsize: Ints, start: Ints, length: Ints) -> None:
+        """Set the place in the store of the documents that a store holds.
 
         Args:
             documents: of any block.
-            num_shards: number of the file of the first store.
-            places: of all documents in their shards.
+            sizes: bytes of the text of each document.
+            itemsize: bytes of a token.
+            start: first byte of each document in its file.
+            length: bytes of each document. A store holds no special tokens.
         """
-        source = self._source
+        for number, chosen in enumerate(self._documents_of_stores(documents)):
+            block = documents.block[chosen]
+            first_row = self._first_rows[self._stores[number].first_block]
+            row = self._first_rows[block] - first_row + documents.row[chosen]
+            start[chosen] = self._starts[number][row] * itemsize[chosen]
+            length[chosen] = sizes[chosen]
+
+    def _documents_of_stores(self, documents: Documents) -> Iterator[NDArray[np.intp]]:
+        """Yield the documents that each store holds."""
         block = documents.block
-        is_text = self._holds_text[source.blocks.shard[block]]
-        for number, (store, starts) in enumerate(zip(self._stores, self._starts, strict=True)):
-            chosen = np.flatnonzero(is_text & (block >= store.first_block) & (block < store.last_block))
-            own = block[chosen]
-            row = self._first_rows[own] - self._first_rows[store.first_block] + documents.row[chosen]
-            itemsize = np.dtype(store.dtype).itemsize
-            places.file[chosen] = num_shards + number
-            places.start[chosen] = starts[row] * itemsize
-            places.length[chosen] = (documents.size[chosen] - source.layout.added_tokens(own)) * itemsize
-            places.may_have_added[chosen] = False
+        is_text = self._holds_text[self._source.blocks.shard[block]]
+        for store in self._stores:
+            yield np.flatnonzero(is_text & (block >= store.first_block) & (block < store.last_block))

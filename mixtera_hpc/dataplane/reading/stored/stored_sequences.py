@@ -37,23 +37,26 @@ class StoredSequences:
         self._num_sequences = num_sequences
         self._writer = writer
 
-        self._lengths = documents.last - documents.first
-        starts = np.cumsum(self._lengths) - self._lengths
-        # Every sequence has `length` tokens, so the position of a part tells its sequence.
-        begin = starts % length
+        self._lengths = documents.wanted
+        stops = documents.wanted_stops
+        first_rows = np.cumsum([0, *num_sequences])
+        rows = np.arange(first_rows[-1])
+        # Every sequence has `length` tokens, so the place where a part ends tells its sequence.
+        parts_stop = np.searchsorted(stops, (rows + 1) * length) + 1
+        first_part = np.append(0, parts_stop[:-1])
+        num_parts = parts_stop - first_part
         # Number of each part in its row: the part that begins a row has the number 0.
-        part = np.arange(len(starts))
-        self._number = (part - np.maximum.accumulate(np.where(begin == 0, part, 0))).astype(np.int32)
-        first_rows = np.cumsum(np.append(0, num_sequences))
-        self._first_parts: list[int] = np.searchsorted(starts, first_rows * length).tolist()
+        part = np.arange(len(stops), dtype=np.int32)
+        self._number = part - np.repeat(first_part.astype(np.int32), num_parts)
+        self._first_parts: list[int] = np.append(0, parts_stop)[first_rows].tolist()
 
-        # Parts that begin inside a row, and the place of the prediction of their first token in all loss masks.
-        inside = np.flatnonzero(begin)
-        # A row has one prediction less than tokens.
-        self._first_predictions = starts[inside] - starts[inside] // length - 1
-        self._prediction_borders: list[int] = np.searchsorted(
-            self._first_predictions, first_rows * (length - 1)
-        ).tolist()
+        # Parts that begin inside a row, and the place of the prediction of their first token in all loss masks. A row
+        # has one prediction less than tokens.
+        is_inside = np.ones(len(stops), np.bool_)
+        is_inside[first_part] = False
+        self._first_predictions = (stops - self._lengths - np.repeat(rows + 1, num_parts))[is_inside]
+        # Each row has one part that does not begin inside of it.
+        self._prediction_borders: list[int] = (self._first_parts - first_rows).tolist()
 
     def write(self, number: int, batch: TokenArrays) -> None:
         """Write the sequences of a batch, special tokens included, to its arrays; rows of padding become zeros.

@@ -18,27 +18,17 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["TextTokens", "TokenCopies"]
+__all__ = ["TokenCopies"]
 
 TOKENS_PER_COPY = 1 << 16
 """Tokens that are copied in one call: large enough to hide its cost, and small enough for the processor's cache."""
 
+UNWANTED = -1
+"""Stands for an item that is in memory."""
+_NONE_ADDED = AddedTokens()
+
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class TextTokens:
-    """Positions of the tokens of documents in memory, without special tokens at their borders; shape (n,) each."""
-
-    first: Ints
-    """Position of the first token in memory."""
-    count: Ints
-    """Number of tokens."""
-    ends_with_eos: NDArray[np.bool_]
-    """True where `eos_id` is stored behind the text."""
-    eos_id: int | None
-    """The token that ends a document."""
 
 
 class _Segments(NamedTuple):
@@ -47,44 +37,58 @@ class _Segments(NamedTuple):
     begin: Ints
     """Position in memory of the first token."""
     end: Ints
-    before: Ints
-    """Tokens that are left free in front of each segment."""
-    after: Ints
     stop: Ints
-    """Position in the output behind each segment and the tokens that are left free."""
+    """Position in the output behind each segment and the tokens that are left free after it."""
+    before: Ints | None = None
+    """Tokens that are left free in front of each segment; None if none are."""
+    after: Ints | None = None
+    """Tokens that are left free after each segment."""
 
 
 class TokenCopies:
     """The wanted tokens of documents, ready to be copied to one output after the other."""
 
     def __init__(
-        self, memory: Tokens, texts: TextTokens, documents: Documents, added: AddedTokens, sizes: Sequence[int]
+        self,
+        memory: Tokens,
+        begin: Ints,
+        documents: Documents,
+        sizes: Sequence[int],
+        added: AddedTokens = _NONE_ADDED,
+        missing: NDArray[np.int8] | None = None,
     ) -> None:
         """Compute what is copied.
 
         Args:
             memory: all tokens.
-            texts: the place of each document in memory.
+            begin: position in memory of the first token of each document that is there.
             documents: says which tokens are wanted; their parts follow each other in the outputs.
-            added: special tokens that are not part of the text.
             sizes: tokens of each output. Each output begins with the first token of a document's part.
+            added: the special tokens that documents begin and end with.
+            missing: how many of them are not in memory, for each document: none, all, or all that it begins with; None
+                if all documents are in memory as a whole.
         """
         self._memory = memory
         self._borders = np.cumsum([0, *sizes])
-        is_eos_stored = added.after == (texts.eos_id,)
-        stored_eos = texts.ends_with_eos if is_eos_stored else np.zeros(len(texts.count), np.bool_)
-        segments = _segments_of(texts, documents, added, stored_eos, self._borders[1:])
+        self._added: list[tuple[Ints, list[int], int]] = []
+        if missing is None:
+            begin = begin + documents.first
+            segments = _Segments(begin, begin + documents.wanted, documents.wanted_stops)
+        else:
+            gaps = _Gaps.of(documents, added, missing)
+            segments = gaps.segments(begin, documents)
+            self._added = [
+                (positions, np.searchsorted(positions, self._borders).tolist(), token)
+                for positions, token in gaps.added_positions(documents, added)
+            ]
+        segments = _joined(segments, self._borders[1:])
         self._begins: list[int] = segments.begin.tolist()
         self._ends: list[int] = segments.end.tolist()
         self._copies = _copies(segments.stop, self._borders)
         self._gaps: tuple[list[int], list[int]] | None = None
-        if segments.before.any() or segments.after.any():
+        if segments.before is not None and segments.after is not None:
             self._gaps = segments.before.tolist(), segments.after.tolist()
         self._zeros = [bytes(n * memory.itemsize) for n in range(max(len(added.before), len(added.after)) + 1)]
-        self._added = [
-            (positions, np.searchsorted(positions, self._borders).tolist(), token)
-            for positions, token in _added_positions(texts, documents, added, stored_eos)
-        ]
 
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output, and write the special tokens that begin and end documents."""
@@ -117,68 +121,69 @@ class TokenCopies:
         return spaced
 
 
-def _segments_of(
-    texts: TextTokens, documents: Documents, added: AddedTokens, stored_eos: NDArray[np.bool_], output_stops: Ints
-) -> _Segments:
-    """Return the ranges of memory that hold the wanted tokens; neighbours in memory and in an output are joined.
+@dataclass(frozen=True, slots=True)
+class _Gaps:
+    """The special tokens of documents that are not in memory; shape (n,) each."""
 
-    Args:
-        texts: see `TokenCopies`, as `documents` and `added`.
-        documents: says which tokens are wanted.
-        added: special tokens that are not part of the text.
-        stored_eos: mask of the documents whose token after the text is stored there.
-        output_stops: position behind each output.
-    """
-    num_before = len(added.before)
-    lengths = documents.last - documents.first
-    # The wanted part of the text. The wanted tokens before and after it are written later.
-    text_first = np.minimum(np.maximum(documents.first - num_before, 0), texts.count)
-    text_last = np.minimum(np.maximum(documents.last - num_before, 0), texts.count)
-    begin = texts.first + text_first
-    end = texts.first + text_last
-    before = np.minimum(np.maximum(num_before - documents.first, 0), lengths)
-    after = lengths - before - (text_last - text_first)
-    # A stored token that ends the document is copied with the text.
-    in_place = stored_eos & (after == 1)
-    end = end + in_place
-    after = after - in_place
+    before: Ints
+    """Special tokens that each document begins with and that are not in memory."""
+    stored: Ints
+    """Tokens in memory."""
 
-    stop = np.cumsum(lengths)
-    is_border = (end[:-1] != begin[1:]) | (after[:-1] > 0) | (before[1:] > 0)
+    @classmethod
+    def of(cls, documents: Documents, added: AddedTokens, missing: NDArray[np.int8]) -> "_Gaps":
+        """Return the gaps; see `TokenCopies`."""
+        return cls(np.where(missing > 0, len(added.before), 0), documents.size - missing)
+
+    def segments(self, begin: Ints, documents: Documents) -> _Segments:
+        """Return the ranges of memory that hold the wanted tokens, and the wanted tokens around them."""
+        lengths = documents.wanted
+        first = np.minimum(np.maximum(documents.first - self.before, 0), self.stored)
+        last = np.minimum(np.maximum(documents.last - self.before, 0), self.stored)
+        before = np.minimum(np.maximum(self.before - documents.first, 0), lengths)
+        after = lengths - before - (last - first)
+        return _Segments(begin + first, begin + last, documents.wanted_stops, before, after)
+
+    def added_positions(self, documents: Documents, added: AddedTokens) -> Iterator[tuple[Ints, int]]:
+        """Yield every added token that is not in memory, with its ascending positions in all outputs together."""
+        starts = documents.wanted_stops - documents.wanted
+        stored_stop = self.before + self.stored
+        for number, token in enumerate(added.before):
+            yield self._wanted(documents, starts, np.where(self.before > 0, number, UNWANTED)), token
+        for number, token in enumerate(added.after):
+            item = documents.size - len(added.after) + number
+            yield self._wanted(documents, starts, np.where(item >= stored_stop, item, UNWANTED)), token
+
+    def _wanted(self, documents: Documents, starts: Ints, item: Ints) -> Ints:
+        """Return the positions in the outputs of one item of each document, where it is wanted."""
+        is_wanted = (documents.first <= item) & (item < documents.last)
+        positions: Ints = (starts + item - documents.first)[is_wanted]
+        return positions
+
+
+def _joined(segments: _Segments, output_stops: Ints) -> _Segments:
+    """Join neighbours in memory that lie in one output; `output_stops` has the position behind each output."""
+    begin, end, stop, before, after = segments
+    is_border = end[:-1] != begin[1:]
+    if before is not None and after is not None:
+        is_border |= (after[:-1] > 0) | (before[1:] > 0)
     # The last document of each output.
     is_border[np.searchsorted(stop, output_stops[output_stops < stop[-1]])] = True
     if is_border.all():
-        return _Segments(begin, end, before, after, stop)
+        return segments
     first = np.append(0, np.flatnonzero(is_border) + 1)
     last = np.append(first[1:], len(begin)) - 1
-    return _Segments(begin[first], end[last], before[first], after[last], stop[last])
+    if before is None or after is None:
+        return _Segments(begin[first], end[last], stop[last])
+    return _Segments(begin[first], end[last], stop[last], before[first], after[last])
 
 
 def _copies(segment_stops: Ints, borders: Ints) -> list[list[int]]:
     """Return, for every output, the number of the segment behind each copy; `borders` has the borders of outputs."""
-    targets = [
-        np.append(np.arange(begin + TOKENS_PER_COPY, end, TOKENS_PER_COPY), end)
-        for begin, end in pairwise(borders.tolist())
-    ]
+    targets = []
+    for begin, end in pairwise(borders.tolist()):
+        count = max(round((end - begin) / TOKENS_PER_COPY), 1)
+        targets.append(np.linspace(begin, end, count + 1)[1:].astype(np.int64))
     numbers = np.searchsorted(segment_stops, np.concatenate(targets), side="right").tolist()
     ends = itertools.accumulate(map(len, targets), initial=0)
     return [numbers[begin:end] for begin, end in pairwise(ends)]
-
-
-def _added_positions(
-    texts: TextTokens, documents: Documents, added: AddedTokens, stored_eos: NDArray[np.bool_]
-) -> Iterator[tuple[Ints, int]]:
-    """Yield every added token that is not stored, with its ascending positions in all outputs together."""
-    if not added.before and stored_eos.all():
-        return
-    lengths = documents.last - documents.first
-    starts = np.cumsum(lengths) - lengths
-    # Item of each added token inside its document: first those before the text, then those after it.
-    items = [(np.full(len(starts), k), token) for k, token in enumerate(added.before)]
-    items += [(len(added.before) + texts.count + k, token) for k, token in enumerate(added.after)]
-    for number, (item, token) in enumerate(items, 1):
-        is_wanted = (documents.first <= item) & (item < documents.last)
-        if number == len(items):
-            # A stored token is the only one after the text, and the last of the items.
-            is_wanted &= ~stored_eos
-        yield (starts + item - documents.first)[is_wanted], token

@@ -16,10 +16,9 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
-from mixtera_hpc.dataplane.reading.stored.token_copy import TextTokens, TokenCopies
+from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
 from mixtera_hpc.dataplane.watchdog.progress import PACK
-from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["TextGather", "row_keys"]
@@ -74,9 +73,7 @@ class TextGather:
         number = np.empty_like(disk_order)
         number[disk_order] = np.cumsum(is_first) - 1
         # Documents are in memory as they are served: with their special tokens.
-        ends_with_eos = np.zeros(len(number), np.bool_)
-        texts = TextTokens(starts[number], documents.size, ends_with_eos, None)
-        return TokenCopies(memory, texts, documents, AddedTokens(), sizes)
+        return TokenCopies(memory, starts[number], documents, sizes)
 
     def _read(self, read: "_DistinctDocuments") -> tuple[Tokens, Ints]:
         """Return an array with the tokens of documents, and the position of the first token of each."""
