@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from bench._corpus import FOLDER, make_rows, make_tokenizer
+from bench._corpus import make_rows, make_tokenizer
 from bench._figures import FigureLine, at_most, print_header, print_line, rate, ratio
 from bench._format_digests import SOURCE
 from bench._results import write_results
@@ -58,9 +58,10 @@ def main() -> None:
 
 def corpus_settings(data: Path) -> list[str]:
     """Return the overrides of a corpus of seven domains, whose index is built."""
-    settings = [f"data.root={data}", SOURCE, f"index.path={FOLDER / 'text.h5'}"]
+    index = data.with_suffix(".text.h5")
+    settings = [f"data.root={data}", SOURCE, f"index.path={index}"]
     settings += [f"dataplane.tokenizer={make_tokenizer()}", "mixture=natural", "mixture.group_by=[source]"]
-    if not (FOLDER / "text.h5").exists():
+    if not index.exists():
         build_index(compose(settings))
     return settings
 
