@@ -146,7 +146,7 @@ class RunRecorder:
         # Sequences of each domain before the chunk, as a share of all, and as passes over the domain.
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
         items = source.stream_version.origins + plan.cursors * source.grid.stride
-        epochs = items / np.maximum(source.layout.epoch_items(), 1)
+        epochs = items / np.maximum(source.lanes.epoch_items, 1)
 
         # Metrics count training steps, plans count data steps.
         step = source.stream_version.step_at(plan.first_step)
