@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.measures.scalars import ScalarStatistics, scalars_from_rows
+from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR, ScalarStatistics, scalars_from_rows
 
 __all__ = [
     "MAX_SEQUENCE_LOSS",
@@ -24,6 +24,7 @@ __all__ = [
     "StageMaxima",
     "accumulate_losses",
     "dequantise_losses",
+    "no_statistics",
     "quantise_losses",
     "statistics_from_buffer",
 ]
@@ -138,6 +139,23 @@ def accumulate_losses(
     np.add.at(buffer[2], domains, 1)
     np.add.at(buffer[3], domains[~finite], 1)
     return buffer
+
+
+def no_statistics(
+    step: int, num_domains: int, scales: Mapping[str, float], stages: StageMaxima | None = None
+) -> DomainStatistics:
+    """Return the statistics of a step without losses; the same as those of a buffer of zeros."""
+    scalars = scalars_from_rows(np.zeros((ROWS_PER_SCALAR * len(scales), num_domains), np.int64), scales)
+    counts = np.zeros((3, num_domains), np.int64)
+    return DomainStatistics(
+        step=step,
+        loss_sum=np.zeros(num_domains),
+        num_tokens=counts[0],
+        num_sequences=counts[1],
+        num_nonfinite=counts[2],
+        stages=stages,
+        scalars=scalars,
+    )
 
 
 def statistics_from_buffer(

@@ -143,27 +143,29 @@ class RunRecorder:
             broadcast_s: seconds that the broadcast took.
             learning: what a mixing algorithm has learned.
         """
+        # Metrics count training steps, plans count data steps.
+        step = source.stream_version.step_at(plan.first_step)
+        # Without a tracker, and on other ranks than 0, nobody wants what the event holds.
+        if not isinstance(self._tracker, NullTracker):
+            self._tracker.log("mixture", self._mixture_event(step, plan, source) | self._learning.fields(learning))
+        self._report_problem(step, learning)
+        self._report_bounds(source, learning)
+        self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+
+    def _mixture_event(self, step: int, plan: ChunkPlan, source: Source) -> dict[str, Any]:
+        """Return what `mixture.jsonl` holds of a plan."""
         # Sequences of each domain before the chunk, as a share of all, and as passes over the domain.
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
         items = source.stream_version.origins + plan.cursors * source.grid.stride
-        epochs = items / np.maximum(source.lanes.epoch_items, 1)
-
-        # Metrics count training steps, plans count data steps.
-        step = source.stream_version.step_at(plan.first_step)
-        event: dict[str, Any] = {
+        return {
             "step": step,
             "chunk": plan.chunk,
             "domains": source.names,
             "weights": plan.weights / UNIT,
             "served": served,
             "cursors": plan.cursors,
-            "epochs": epochs,
+            "epochs": items / np.maximum(source.lanes.epoch_items, 1),
         }
-        event |= self._learning.fields(learning)
-        self._tracker.log("mixture", event)
-        self._report_problem(step, learning)
-        self._report_bounds(source, learning)
-        self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
 
     def _report_bounds(self, source: Source, learning: LearningEvent) -> None:
         """Warn once about laws that the losses do not determine."""

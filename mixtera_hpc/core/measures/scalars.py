@@ -63,6 +63,8 @@ def accumulate_scalar(
 
 def scalars_from_rows(rows: NDArray[np.int64], scales: Mapping[str, float]) -> dict[str, ScalarStatistics]:
     """Convert rows of `accumulate_scalar`, summed over ranks, one scalar after the other."""
+    if not scales:
+        return {}
     by_scalar = rows.reshape(len(scales), ROWS_PER_SCALAR, rows.shape[1])
     return {
         name: ScalarStatistics(total=quanta / QUANTA_PER_SCALE * scale, count=count, num_out_of_range=outside)

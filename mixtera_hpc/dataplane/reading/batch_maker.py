@@ -35,7 +35,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
-from mixtera_hpc.dataplane.watchdog.progress import IDLE, PACK, ReadPlace
+from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
@@ -209,7 +209,6 @@ class BatchMaker:
         numbers[sequences.step_index, sequences.row] = np.arange(len(documents.block))
 
         for content, of_step, count in zip(steps, numbers, num_rows, strict=True):
-            self._reader.place.enter(PACK)
             of_rows = of_step[:count]
             is_sample = of_rows >= 0
             payloads = samples.take(of_rows[is_sample])

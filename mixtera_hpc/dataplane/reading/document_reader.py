@@ -23,30 +23,28 @@ from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
 
 __all__ = ["DocumentReader", "RawSamples", "take"]
 
-DECODED_AT_ONCE = 64
-"""Raw samples that one call decodes: a call costs little for each, and what it reads is still in the cache."""
-
 
 class RawSamples:
-    """Raw samples that were read together. Those of JSON stay bytes until `take` decodes them.
+    """Raw samples that were read together, each of which is taken once. Those of JSON stay bytes until then.
 
     So only the samples of a few batches are Python objects at a time: Python's garbage collector visits fewer of them,
     and their memory stays in the cache. This saves about 1.5 µs per sample.
     """
 
-    def __init__(self, reader: RowReader, documents: Documents, read: ReadRows, places: NDArray[np.intp]) -> None:
+    def __init__(self, reader: RowReader, documents: Documents, read: ReadRows, numbers: NDArray[np.intp]) -> None:
         """Hold what was read.
 
         Args:
             reader: decodes rows that are still bytes.
             documents: those of the samples.
             read: the samples, in the order in which they were read.
-            places: position in `read.rows` of every document; shape (n,).
+            numbers: number of the document of each of `read.rows`; shape (n,).
         """
         self._reader = reader
         self._documents = documents
-        self._read = read
-        self._places = places
+        self._decoder = read.decoder
+        self._rows = dict(zip(numbers.tolist(), read.rows, strict=True))
+        """Number of the document → its row, of those that were not taken."""
 
     def take(self, numbers: NDArray[np.intp]) -> list[Any]:
         """Return the samples of some documents.
@@ -54,15 +52,13 @@ class RawSamples:
         Raises:
             DataError: the shard of a sample is damaged.
         """
-        rows = take(self._read.rows, self._places[numbers])
-        decoder = self._read.decoder
-        if decoder is None:
+        # The memory of the bytes is free for the objects of the next batch.
+        rows = list(map(self._rows.pop, numbers.tolist()))
+        if self._decoder is None:
+            self._reader.place.enter(PACK)
             return rows
         self._reader.place.enter(READ)
-        samples: list[Any] = []
-        for first in range(0, len(rows), DECODED_AT_ONCE):
-            own = slice(first, first + DECODED_AT_ONCE)
-            samples += self._reader.decode(decoder, rows[own], partial(self._documents.select, numbers[own]))
+        samples = self._reader.decode(self._decoder, rows, partial(self._documents.select, numbers))
         self._reader.place.enter(PACK)
         return samples
 
@@ -142,13 +138,13 @@ class DocumentReader:
         Raises:
             DataError: the shard of a row has changed or is damaged.
         """
-        read, places = self._read_rows(documents, raw=True)
-        return RawSamples(self._rows, documents, read, places)
+        read, numbers = self._read_rows(documents, raw=True)
+        return RawSamples(self._rows, documents, read, numbers)
 
     def texts(self, documents: Documents) -> list[Any]:
         """Return the texts of `documents`, or their token ids where a shard holds these."""
-        texts, places = self._read_rows(documents, raw=False)
-        return take(texts.rows, places)
+        texts, numbers = self._read_rows(documents, raw=False)
+        return take(texts.rows, np.argsort(numbers))
 
     def close(self) -> None:
         """Close every shard."""
@@ -156,13 +152,11 @@ class DocumentReader:
         self._gather.close()
 
     def _read_rows(self, documents: Documents, *, raw: bool) -> tuple[ReadRows, NDArray[np.intp]]:
-        """Read rows in the order of the disk; return them, and the place of every document among them."""
+        """Read rows in the order of the disk; return them, and the number of the document of each."""
         disk_order = np.argsort(row_keys(documents))
         read = self._rows.read(documents.select(disk_order), raw=raw)
         self.place.enter(PACK)
-        places = np.empty_like(disk_order)
-        places[disk_order[read.positions]] = np.arange(len(disk_order))
-        return read, places
+        return read, disk_order[read.positions]
 
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, wait
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, no_statistics, statistics_from_buffer
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
@@ -170,8 +170,7 @@ class StepReducer:
 
     def _complete_alone(self, step: int, flags: RankFlags) -> None:
         """Complete a step without losses on the only rank: there is nothing to add up, and nothing to compare."""
-        rows = np.zeros((self._num_rows, self._num_domains), np.int64)
-        statistics = statistics_from_buffer(step, rows, self._scales, times_of(flags.times))
+        statistics = no_statistics(step, self._num_domains, self._scales, times_of(flags.times))
         self._results.append(StepResult(statistics=statistics, stop=flags.stop, save=flags.save, reduce_s=0.0))
 
     def _post_waiting(self) -> None:

@@ -59,8 +59,10 @@ def _decode_list(decoder: "msgspec.json.Decoder[Any]", rows: Sequence[Row]) -> l
     """Decode rows as the elements of one list; None if they have to be decoded one by one."""
     if len(rows) < 2:
         return None
+    # Brackets at the first and the last row cost less than a copy of all of them.
+    elements = [b"".join((b"[", rows[0])), *rows[1:-1], b"".join((rows[-1], b"]"))]
     try:
-        values: list[Any] = decoder.decode(b"[%b]" % b",".join(rows))
+        values: list[Any] = decoder.decode(b",".join(elements))
     except JSON_ERRORS:
         return None
     # Each row adds at least one element, or the list is no JSON.

@@ -45,6 +45,8 @@ CONVERTED_AT_ONCE = 512
 """Rows of formats without a `RowDecoder` that are in memory before they are converted."""
 READ_AT_ONCE = 256
 """Rows in one group of reads if they are not converted."""
+DECODED_AT_ONCE = 64
+"""Raw samples that one call decodes. It holds the interpreter's lock, for about 0.1 ms."""
 CONVERTED_WHILE_CACHED = 64
 """Decoded rows that are converted together: they are still in the second cache of a core."""
 
@@ -142,8 +144,11 @@ class RowReader:
         Raises:
             DataError: the shard of a row is damaged or has changed.
         """
+        samples: list[Any] = []
         try:
-            return decoder.payloads(rows)
+            for first in range(0, len(rows), DECODED_AT_ONCE):
+                samples += decoder.payloads(rows[first : first + DECODED_AT_ONCE])
+            return samples
         except ValueError as error:
             documents = documents_of()
             shards = self._source.blocks.shard[documents.block]
