@@ -17,8 +17,8 @@ from mixtera_hpc.tokens.definition import AddedTokens
 
 __all__ = ["BORDER", "Encode", "EncodedDocuments", "JoinedTexts", "with_border"]
 
-BORDER = "\ue000mixtera-hpc: border of documents\ue001"
-"""The text of the special token."""
+BORDER = "\x1dmixtera-hpc: border of documents\x1e"
+"""The text of the special token. It begins with a character that is rare in texts."""
 MAX_JOINED_CHARACTERS = 1 << 20
 """Characters of documents that are joined: the copy holds Python's lock, for less than a millisecond."""
 _PROBES = ["", " ", "  a", "a  ", "\n", "\n\nThe", "'s", "12", "\u0301e\u0301", "\u00a0", "漢字", "🙂", "\r\n/", "a"]
@@ -75,14 +75,14 @@ class JoinedTexts:
         # Each border becomes one of the added tokens: those that end a document, then those that begin the next one.
         self._added = np.array([*added.after, *added.before], np.uint32)
         self._num_borders = max(len(self._added), 1)
-        self._separator = BORDER.encode() * self._num_borders
+        self._separator = BORDER * self._num_borders
 
     def encode(self, documents: Sequence[str]) -> EncodedDocuments | None:
         """Return the tokens of documents; None if they must be encoded one by one."""
         if sum(map(len, documents)) > MAX_JOINED_CHARACTERS:
             return None
         # Empty texts at both ends, so that there are borders before and after every document.
-        tokens = self._encode(self._separator.join(map(str.encode, ["", *documents, ""])))
+        tokens = self._encode(self._join(["", *documents, ""]))
         positions = np.flatnonzero(tokens == self._border_id)
         if len(positions) != self._num_borders * (len(documents) + 1):
             return None  # A document contains the text of a border.
@@ -91,6 +91,13 @@ class JoinedTexts:
             tokens[borders] = self._added
         starts = borders[:-1, -1] + 1 - self._num_before
         return EncodedDocuments(tokens, starts, borders[1:, 0] + self._num_after - starts)
+
+    def _join(self, texts: Sequence[str]) -> str | bytes:
+        """Return the texts with borders between them."""
+        # A single character outside of ASCII would make all texts up to four times as large.
+        if all(map(str.isascii, texts)):
+            return self._separator.join(texts)
+        return self._separator.encode().join(map(str.encode, texts))
 
     def agrees(self) -> bool:
         """Return True if probes have the same tokens together as one by one."""

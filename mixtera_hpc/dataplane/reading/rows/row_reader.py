@@ -27,7 +27,7 @@ from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
-from mixtera_hpc.dataplane.watchdog.progress import READ, TOKENIZE, ReadPlace
+from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
@@ -40,15 +40,10 @@ __all__ = ["RowReader"]
 
 logger = logging.getLogger("mixtera_hpc")
 
-Convert = Callable[[list[Any]], Sequence[Any]]
-CONVERTED_AT_ONCE = 512
-"""Rows of formats without a `RowDecoder` that are in memory before they are converted."""
-READ_AT_ONCE = 256
-"""Rows in one group of reads if they are not converted."""
 DECODED_AT_ONCE = 64
 """Raw samples that one call decodes. It holds the interpreter's lock, for about 0.1 ms."""
-CONVERTED_WHILE_CACHED = 64
-"""Decoded rows that are converted together: they are still in the second cache of a core."""
+TEXTS_AT_ONCE = 32
+"""Rows in one group of reads if their texts are decoded: their bytes are still in the second cache of a core."""
 
 
 class RowReader:
@@ -89,7 +84,7 @@ class RowReader:
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
-    def read(self, documents: Documents, *, raw: bool, convert: Convert | None = None) -> ReadRows:
+    def read(self, documents: Documents, *, raw: bool) -> ReadRows:
         """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them.
 
         Raw samples stay bytes if all of them have the same `RowDecoder`.
@@ -97,7 +92,6 @@ class RowReader:
         Args:
             documents: the rows.
             raw: True for raw samples, False for texts or token ids.
-            convert: a function from a list of rows to one value per row. The values replace the rows.
         """
         shards = self._source.blocks.shard[documents.block]
         kinds = self._kinds.of(shards, partial(self._kind_of_opened, documents, shards))
@@ -110,11 +104,9 @@ class RowReader:
             # The negative number of a decoder stands for rows of small blocks.
             kinds = np.where((kinds >= FIRST_DECODER) & is_small, -kinds, kinds)
         if len(kinds) and (kinds == kinds[0]).all():
-            return self._read_kind(int(kinds[0]), documents, shards, raw, convert)
+            return self._read_kind(int(kinds[0]), documents, shards, raw)
         chosen = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds).tolist()]
-        reads = [
-            self._read_kind(int(kinds[own[0]]), documents.select(own), shards[own], raw, convert) for own in chosen
-        ]
+        reads = [self._read_kind(int(kinds[own[0]]), documents.select(own), shards[own], raw) for own in chosen]
         return self._joined(reads, chosen, documents)
 
     def _joined(self, reads: list[ReadRows], chosen: list[NDArray[np.intp]], documents: Documents) -> ReadRows:
@@ -169,79 +161,43 @@ class RowReader:
         if self._shared_blocks is not None:
             self._shared_blocks.close()
 
-    def _read_kind(
-        self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool, convert: Convert | None
-    ) -> ReadRows:
+    def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool) -> ReadRows:
         """Read rows of shards of one kind."""
         if kind >= FIRST_DECODER:
             self._guard.use(shards)
             try:
-                return self._read_from_files(
-                    self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw, convert
-                )
+                return self._read_from_files(self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw)
             except (OSError, EOFError, ValueError) as error:
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
                 self._log_another_read(shards, error)
-        size = len(shards) if convert is None else CONVERTED_AT_ONCE
-        rows: list[Any] = []
-        for first in range(0, len(shards), size):
-            own = slice(first, first + size)
-            group = documents if convert is None else documents.select(own)
-            if kind == BLOCKS:
-                read = self._resident(raw).read(group)
-            elif kind < 0:
-                small = self._read_from_small_blocks(
-                    self._kinds.decoders[-kind - FIRST_DECODER], group, shards[own], raw=raw
-                )
-                if raw:
-                    return small
-                read = small.rows
-            else:
-                read = self._read_from_shards(group, shards[own], raw=raw)
-            rows += read if convert is None else self._converted(convert, read)
+        if kind < 0:
+            return self._read_from_small_blocks(self._kinds.decoders[-kind - FIRST_DECODER], documents, shards, raw=raw)
+        if kind == BLOCKS:
+            rows = self._resident(raw).read(documents)
+        else:
+            rows = self._read_from_shards(documents, shards, raw=raw)
         return ReadRows(rows, np.arange(len(rows)))
 
     def _read_from_files(
-        self,
-        decoder: RowDecoder,
-        documents: Documents,
-        shards: NDArray[np.int32],
-        raw: bool,
-        convert: Convert | None,
+        self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool
     ) -> ReadRows:
         """Read rows of files with one decoder; rows with a read of their own come first, see `ReadPlan.positions`.
 
-        Raw samples stay bytes. Texts are decoded and converted at once, while they are in the cache.
+        Raw samples stay bytes. Texts are decoded at once, while they are in the cache.
         """
         starts = self._source.blocks.offset[documents.block] + documents.offset
         numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
-        place = (-1, -1, -1)
 
         def enter(shard: int, first: int, last: int) -> None:
-            nonlocal place
-            place = shard, numbers[first], numbers[last]
-            self.place.enter(READ, *place)
+            self.place.enter(READ, shard, numbers[first], numbers[last])
 
         plan = ReadPlan(shards, starts, documents.length)
         if raw:
             return ReadRows(self._files.read_raw(plan, enter), plan.positions, decoder)
         # Rows with a read of their own, and rows that share reads.
         rows: tuple[list[Any], list[Any]] = [], []
-        if convert is None:
-            for is_shared, read in self._files.read(plan, decoder.documents, enter, READ_AT_ONCE):
-                rows[is_shared].extend(read)
-            return ReadRows(rows[0] + rows[1], plan.positions)
-
-        unconverted: tuple[list[Any], list[Any]] = [], []
-        for is_shared, decoded in self._files.read(plan, decoder.documents, enter):
-            waiting = unconverted[is_shared]
-            waiting.extend(decoded)
-            if len(waiting) >= CONVERTED_WHILE_CACHED:
-                rows[is_shared].extend(self._converted(convert, waiting))
-                waiting.clear()
-                self.place.enter(READ, *place)
-        for values, waiting in zip(rows, unconverted, strict=True):
-            values.extend(self._converted(convert, waiting))
+        for is_shared, texts in self._files.read(plan, decoder.documents, enter, TEXTS_AT_ONCE):
+            rows[is_shared].extend(texts)
         return ReadRows(rows[0] + rows[1], plan.positions)
 
     def _log_another_read(self, shards: NDArray[np.int32], error: Exception) -> None:
@@ -250,10 +206,6 @@ class RowReader:
         place = first if first == last else f"{first} to {last}"
         cause = str(error) or "a read was short"
         logger.warning("Reading %d rows of %s again, one shard after the other: %s.", len(shards), place, cause)
-
-    def _converted(self, convert: Convert, rows: list[Any]) -> Sequence[Any]:
-        self.place.enter(TOKENIZE)
-        return convert(rows)
 
     def _read_from_small_blocks(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], *, raw: bool

@@ -1,7 +1,8 @@
-"""From documents to tokens for shards that hold text: every document of a read is tokenized once, in disk order.
+"""From documents to tokens for shards that hold text: every document of a read is tokenized once.
 
-The tokens of all documents of a read lie in one array, from which they are copied to the batches as those of stored
-documents are (`stored.token_copy`). Documents in which a later sequence begins stay in memory.
+Texts are read in disk order and encoded in the order in which they are served. So the tokens of most sequences follow
+each other in memory, and are copied to the batches as those of stored documents are (`stored.token_copy`). Documents in
+which a later sequence begins stay in memory.
 Price: beside reading, decoding and encoding about 0.3 µs per document.
 """
 
@@ -18,13 +19,18 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
-from mixtera_hpc.dataplane.watchdog.progress import PACK
-from mixtera_hpc.tokens.tokenizer import Tokenizer
+from mixtera_hpc.dataplane.watchdog.progress import PACK, TOKENIZE
 
 __all__ = ["TextGather", "row_keys"]
 
 KEPT_BYTES = 32 << 20
 """Tokens of documents that stay in memory, because a later sequence begins inside them."""
+FIRST_TOKENS = 1 << 16
+"""Tokens for which memory is allocated at first."""
+MAX_TOKENS = 1 << 24
+"""Tokens for which memory is kept after a read."""
+ENCODED_AT_ONCE = 128
+"""Documents that one call encodes."""
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.uint32]
@@ -40,12 +46,13 @@ class TextGather:
         self._kept: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
         self._kept_bytes = 0
+        self._memory = _TokenMemory()
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, special tokens included, ready to be copied.
 
         Tokens of conversations have the bit `NOT_TRAINED` where they are not trained. A document that occurs twice is
-        read once.
+        read once. They must be copied before the next call, which uses the same memory.
 
         Args:
             documents: their parts follow each other in the outputs.
@@ -61,53 +68,83 @@ class TextGather:
         is_first = np.ones(len(keys), np.bool_)
         is_first[1:] = keys[1:] != keys[:-1]
         first = np.flatnonzero(is_first)
+        position = np.minimum.reduceat(disk_order, first)
         read = _DistinctDocuments(
-            keys[first],
-            documents.select(disk_order[first]),
+            keys=keys[first],
+            documents=documents.select(position),
+            position=position,
             begin=np.minimum.reduceat(documents.first[disk_order], first),
             end=np.maximum.reduceat(documents.last[disk_order], first),
         )
-        memory, starts = self._read(read)
-        self._keep(read, memory, starts)
+        starts = self._read(read)
+        self._keep(read, starts)
 
         number = np.empty_like(disk_order)
         number[disk_order] = np.cumsum(is_first) - 1
         # Documents are in memory as they are served: with their special tokens.
-        return TokenCopies(memory, starts[number], documents, sizes)
+        return TokenCopies(self._memory.tokens, starts[number], documents, sizes)
 
-    def _read(self, read: "_DistinctDocuments") -> tuple[Tokens, Ints]:
-        """Return an array with the tokens of documents, and the position of the first token of each."""
+    def _read(self, read: "_DistinctDocuments") -> Ints:
+        """Write the tokens of documents to memory; return the position of the first token of each."""
+        memory = self._memory
+        memory.clear()
         documents = read.documents
         starts = np.empty(len(read.keys), np.int64)
-        kept = [i for i in np.flatnonzero(read.is_cut).tolist() if int(read.keys[i]) in self._kept]
-        is_kept = np.zeros(len(starts), np.bool_)
-        is_kept[kept] = True
-        unread = np.flatnonzero(~is_kept)
-        encoded = _EncodedTexts(self._source.tokenizer)
+        is_unread = np.ones(len(starts), np.bool_)
+        cut = np.flatnonzero((read.begin > 0) | (read.end < documents.size))
+        for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True):
+            if key in self._kept:
+                starts[number] = memory.append(self._kept[key])
+                is_unread[number] = False
+        unread = np.flatnonzero(is_unread)
         if len(unread):
-            texts = documents.select(unread)
-            rows = self._rows.read(texts, raw=False, convert=encoded.add)
-            self._rows.place.enter(PACK)
-            numbers = np.array(rows.rows, np.intp)
-            # A wrong count would shift every later sequence of the stream without a sign.
-            sizes = encoded.sizes()[numbers]
-            wrong = np.flatnonzero(sizes != texts.size[rows.positions])
-            if len(wrong):
-                raise token_count_error(self._source, texts, int(rows.positions[wrong[0]]), int(sizes[wrong[0]]))
-            starts[unread[rows.positions]] = encoded.starts()[numbers]
+            texts = documents if len(unread) == len(starts) else documents.select(unread)
+            starts[unread] = self._encode(texts, read.position[unread])
+        return starts
 
-        tokens = [self._kept[int(read.keys[i])] for i in kept]
-        starts[kept] = encoded.num_tokens + np.cumsum([0, *map(len, tokens)])[:-1]
-        return np.concatenate([*encoded.parts, *tokens]), starts
+    def _encode(self, documents: Documents, position: Ints) -> Ints:
+        """Read documents in disk order and write their tokens to memory in the order of `position`.
 
-    def _keep(self, read: "_DistinctDocuments", memory: Tokens, starts: Ints) -> None:
+        Returns:
+            The position in memory of the first token of each document.
+        """
+        tokenizer = self._source.tokenizer
+        if tokenizer is None:
+            raise no_tokenizer_error()
+        read = self._rows.read(documents, raw=False)
+        self._rows.place.enter(TOKENIZE)
+        order = np.argsort(position)
+        row = np.empty_like(order)
+        row[read.positions] = np.arange(len(order))
+        texts = list(map(read.rows.__getitem__, row[order].tolist()))
+        starts = np.empty(len(order), np.int64)
+        sizes = np.empty(len(order), np.int64)
+        for begin in range(0, len(texts), ENCODED_AT_ONCE):
+            own = slice(begin, begin + ENCODED_AT_ONCE)
+            encoded = tokenizer.encode_documents(texts[own])
+            starts[own] = encoded.starts + self._memory.append(encoded.tokens)
+            sizes[own] = encoded.sizes
+        self._rows.place.enter(PACK)
+
+        # A wrong count would shift every later sequence of the stream without a sign.
+        wrong = np.flatnonzero(sizes != documents.size[order])
+        if len(wrong):
+            raise token_count_error(self._source, documents, int(order[wrong[0]]), int(sizes[wrong[0]]))
+        of_documents = np.empty_like(starts)
+        of_documents[order] = starts
+        return of_documents
+
+    def _keep(self, read: "_DistinctDocuments", starts: Ints) -> None:
         """Keep the tokens of documents in which later sequences begin, and forget the oldest ones beyond the budget."""
-        size = read.documents.size
-        for i in np.flatnonzero(read.end < size).tolist():
-            key = int(read.keys[i])
-            if self._kept.pop(key, None) is None:
-                self._kept_bytes += int(size[i]) * memory.itemsize
-            self._kept[key] = memory[starts[i] : starts[i] + size[i]].copy()
+        sizes = read.documents.size
+        chosen = np.flatnonzero(read.end < sizes)
+        begins = starts[chosen]
+        stops = begins + sizes[chosen]
+        tokens = self._memory.tokens
+        for key, begin, stop in zip(read.keys[chosen].tolist(), begins.tolist(), stops.tolist(), strict=True):
+            previous = self._kept.pop(key, None)
+            self._kept[key] = tokens[begin:stop].copy() if previous is None else previous
+            self._kept_bytes += self._kept[key].nbytes if previous is None else 0
         while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
@@ -118,49 +155,42 @@ class _DistinctDocuments(NamedTuple):
 
     keys: Ints
     documents: Documents
+    position: Ints
+    """Position of the first part of each document among the parts that are served."""
     begin: Ints
     """First token that is wanted."""
     end: Ints
     """One past the last token that is wanted."""
 
+
+class _TokenMemory:
+    """An array that grows. The next read uses the same memory, which is still in the processor's cache."""
+
+    def __init__(self) -> None:
+        self._array: Tokens = np.empty(FIRST_TOKENS, np.uint32)
+        self._size = 0
+
     @property
-    def is_cut(self) -> NDArray[np.bool_]:
-        """Mask of the documents of which earlier or later sequences have other tokens."""
-        return (self.begin > 0) | (self.end < self.documents.size)
+    def tokens(self) -> Tokens:
+        """All tokens."""
+        return self._array[: self._size]
 
+    def clear(self) -> None:
+        """Forget all tokens."""
+        if len(self._array) > MAX_TOKENS:
+            self._array = np.empty(FIRST_TOKENS, np.uint32)
+        self._size = 0
 
-class _EncodedTexts:
-    """The tokens of texts that were encoded one group after the other."""
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        if tokenizer is None:
-            raise no_tokenizer_error()
-        self._encode = tokenizer.encode_documents
-        self.parts: list[Tokens] = []
-        """The tokens of each group."""
-        self.num_tokens = 0
-        self._starts: list[Ints] = []
-        self._sizes: list[Ints] = []
-        self._num_documents = 0
-
-    def add(self, texts: Sequence[str]) -> Sequence[int]:
-        """Encode a group of texts; return their numbers."""
-        encoded = self._encode(texts)
-        self.parts.append(encoded.tokens)
-        self._starts.append(encoded.starts + self.num_tokens)
-        self._sizes.append(encoded.sizes)
-        self.num_tokens += len(encoded.tokens)
-        first = self._num_documents
-        self._num_documents += len(texts)
-        return range(first, self._num_documents)
-
-    def starts(self) -> Ints:
-        """Return the position of the first token of each text, where all groups follow each other."""
-        return np.concatenate(self._starts)
-
-    def sizes(self) -> Ints:
-        """Return the number of tokens of each text."""
-        return np.concatenate(self._sizes)
+    def append(self, tokens: Tokens) -> int:
+        """Add tokens; return the position of the first one."""
+        first = self._size
+        self._size += len(tokens)
+        if self._size > len(self._array):
+            larger = np.empty(2 * self._size, np.uint32)
+            larger[:first] = self._array[:first]
+            self._array = larger
+        self._array[first : self._size] = tokens
+        return first
 
 
 def row_keys(documents: Documents) -> Ints:
