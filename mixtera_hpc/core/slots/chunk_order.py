@@ -45,6 +45,8 @@ class ChunkOrder:
         Slots behind the end of the chunk have the counts of the whole chunk.
         """
         slots = np.minimum(slots, self.num_slots)
+        if len(self.segments) == 1:
+            return self.segments[0].counts_before(slots)
         number = np.searchsorted(self.starts, slots, side="right") - 1
         counts = self.counts[number]
         for segment in np.unique(number[slots < self.num_slots]).tolist():

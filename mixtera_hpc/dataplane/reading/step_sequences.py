@@ -45,8 +45,10 @@ def planned_slots(
         return order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
     first_slots = np.array(begins, np.int64)
     sizes = np.array([schedule.size_at(step) for step in steps], np.int64)
-    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + sizes]))
-    return source.lanes.positions(counts[: len(steps)], counts[len(steps) :], positions)
+    # Nearly always a step begins where the one before it ends.
+    borders, number = np.unique(np.concatenate([first_slots, first_slots + sizes]), return_inverse=True)
+    counts = order.cursors + order.counts_before(borders)
+    return source.lanes.positions(counts[number[: len(steps)]], counts[number[len(steps) :]], positions)
 
 
 def slots_of_steps(
