@@ -33,6 +33,7 @@ from mixtera_hpc.dataplane.reading.sample_transform import (
 )
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
@@ -106,10 +107,12 @@ class BatchMaker:
                 for content in together:
                     yield from self._read_unchanged(plan, [content])
             else:
-                # Batches of samples are made one by one.
-                for batch in batches:
+                for number, batch in enumerate(batches):
                     self._reader.place.enter(IDLE)
-                    yield replace(batch, times=BatchTimes(self._reader.place.take_times()))
+                    # Batches of samples are made one by one, those of tokens together with the first one.
+                    if number == 0 or batch.payloads is not None:
+                        batch = replace(batch, times=BatchTimes(self._reader.place.take_times()))
+                    yield batch
 
     def close(self) -> None:
         """Close all files."""
@@ -176,23 +179,27 @@ class BatchMaker:
 
     def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""
-        sequences = StepSequences.of_steps(steps, self._source)
-        if not len(sequences.domain):
+        if all(content.is_padding.all() for content in steps):
             return [self._padding(plan, content) for content in steps]
         if self._source.layout.in_tokens:
-            return self._token_batches(plan, steps, sequences)
+            return self._token_batches(plan, steps)
+        sequences = StepSequences.of_steps(steps, self._source)
         documents = self._streams.documents_of_spans(sequences.run_domain, sequences.run_starts, sequences.run_stops)
         return self._sample_batches(plan, steps, sequences, documents, self._reader.samples(documents))
 
-    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
+    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
         """Write the tokens of the sequences of each step."""
-        first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
-        rows = first_rows[sequences.step_index] + sequences.row
-        documents = self._documents.documents(sequences.domain, sequences.numbers(self._source), rows)
-        arrays = [self._arrays_of(content) for content in steps]
-        num_sequences = [int(np.count_nonzero(content.domain_ids >= 0)) for content in steps]
-        self._reader.read_sequences(documents, num_sequences, arrays)
+        domain = np.concatenate([content.domain_ids for content in steps])
+        sequence = np.concatenate([content.sequence for content in steps])
+        served = np.flatnonzero(domain >= 0)
+        documents = self._documents.documents(domain[served], sequence[served])
+        arrays = self._reader.read_sequences(documents, [self._output_of(content) for content in steps])
         return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
+
+    def _output_of(self, content: StepContent) -> SequenceOutput:
+        """Return where the sequences of a step are written."""
+        count = int(np.count_nonzero(content.domain_ids >= 0))
+        return SequenceOutput(count, len(content.domain_ids), self.shared_arrays.get(content.step))
 
     def _sample_batches(
         self,
@@ -255,16 +262,11 @@ class BatchMaker:
         count = len(content.domain_ids)
         if not self._source.layout.in_tokens:
             return self._batch(plan, content, payloads=[None] * count, **_no_tokens(count))
-        arrays = self._arrays_of(content)
+        arrays = self.shared_arrays.get(content.step)
+        arrays = TokenArrays.new(count, self._source.grid.length) if arrays is None else arrays.rows(count)
         for rows in arrays:
             rows[...] = 0
         return self._batch(plan, content, None, **arrays._asdict())
-
-    def _arrays_of(self, content: StepContent) -> TokenArrays:
-        """Return the arrays that the batch of a step is written to."""
-        arrays = self.shared_arrays.get(content.step)
-        count = len(content.domain_ids)
-        return TokenArrays.new(count, self._source.grid.length) if arrays is None else arrays.rows(count)
 
     def _batch(self, plan: ChunkPlan, content: StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
         digests: list[str] | None = None

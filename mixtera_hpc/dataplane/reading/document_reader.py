@@ -15,7 +15,7 @@ from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.rows.read_rows import ReadRows
 from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput, StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import ReadTokens, TokenGather, TokenWriter, empty_tokens
 from mixtera_hpc.dataplane.reading.texts.text_gather import TextGather, row_keys
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
@@ -97,26 +97,25 @@ class DocumentReader:
 
     @property
     def holds_all_tokens(self) -> bool:
-        """Whether every document is stored as token ids, so that `read_sequences` can be used."""
-        return self._source.layout.in_tokens and self._gather.holds_all
+        """Whether every document is stored as token ids."""
+        return self._gather.holds_all
 
-    def read_sequences(
-        self, documents: Documents, num_sequences: Sequence[int], batches: Sequence[TokenArrays]
-    ) -> None:
-        """Write whole sequences to the arrays of batches; see `StoredSequences`.
+    def read_sequences(self, documents: Documents, outputs: Sequence[SequenceOutput]) -> list[TokenArrays]:
+        """Return the arrays of batches with whole sequences; see `StoredSequences`.
 
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
         self.place.enter(READ)
         length = self._source.grid.length
-        writer = self.prepare(documents, [count * length for count in num_sequences])
-        sequences = StoredSequences(self._source, writer, documents, num_sequences)
-        for number, batch in enumerate(batches):
-            sequences.write(number, batch)
+        writer = self.prepare(documents, [output.num_sequences * length for output in outputs])
+        sequences = StoredSequences(self._source, writer, documents, outputs)
+        return [sequences.write(number) for number in range(len(outputs))]
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, ready to be copied; see `TokenGather.prepare`."""
+        if self.holds_all_tokens:
+            return self._gather.prepare(documents, sizes)
         is_stored = self._gather.is_stored(documents)
         if is_stored.all():
             return self._gather.prepare(documents, sizes)

@@ -115,8 +115,16 @@ class _WindowParts:
     """First item, counted from the start of the window."""
     end: Ints
 
-    def select(self, chosen: NDArray[np.intp]) -> "_WindowParts":
-        """Return some of the parts."""
+    def in_order(self, order: NDArray[np.intp], sizes: Ints) -> "_WindowParts":
+        """Return the parts in the order of the spans that they belong to.
+
+        Args:
+            order: place of each span in the result; the parts follow each other in the order of these places.
+            sizes: items of each span, which the parts add up to.
+        """
+        first_items = np.cumsum(self.end - self.begin) - (self.end - self.begin)
+        span = np.searchsorted(np.cumsum(sizes), first_items, side="right")
+        chosen = np.argsort(order[span], kind="stable")
         return _WindowParts(self.window[chosen], self.begin[chosen], self.end[chosen])
 
 
@@ -165,44 +173,39 @@ class DomainStreams:
         """Return the documents of several spans of a stream, one span after the other."""
         return self.documents_of_spans(np.full(len(starts), domain), starts, stops)
 
-    def documents_of_spans(self, domain: Ints, starts: Ints, stops: Ints, places: Ints | None = None) -> Documents:
+    def documents_of_spans(self, domain: Ints, starts: Ints, stops: Ints) -> Documents:
         """Return the documents of spans of any streams, one span after the other.
 
         Args:
-            domain: of each span. Spans are cheapest if they are sorted by domain and item.
+            domain: of each span.
             starts: first item of each span.
             stops: one past the last item of each span; greater than the first.
-            places: sort key of each span, which orders the result; None to keep the order of the spans.
         """
         self._begin_lookup()
-        parts = self._parts_of_spans(domain, starts, stops)
-        if places is not None:
-            # The items of the parts add up to those of the spans.
-            first_items = np.cumsum(parts.end - parts.begin) - (parts.end - parts.begin)
-            span = np.searchsorted(np.cumsum(stops - starts), first_items, side="right")
-            parts = parts.select(np.argsort(places[span], kind="stable"))
-        return self._documents_in(parts)
-
-    def _parts_of_spans(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
-        """Cut spans at the borders of windows."""
         is_repeated = self._repeated.holds(domain, starts, stops)
         if not is_repeated.any():
-            return self._parts_of_epochs(domain, starts, stops)
-        # Neighbouring spans of small domains, and of others, in turn.
+            return self._documents_in(self._parts_of_epochs(domain, starts, stops))
+        order = np.argsort(is_repeated, kind="stable")
         parts = []
-        for first, last in equal_runs(is_repeated):
-            spans = domain[first:last], starts[first:last], stops[first:last]
-            parts.append(self._repeated_parts(*spans) if is_repeated[first] else self._parts_of_epochs(*spans))
-        return _joined(parts)
+        for chosen, find in (
+            (order[: -np.count_nonzero(is_repeated)], self._parts_of_epochs),
+            (order[-np.count_nonzero(is_repeated) :], self._repeated_parts),
+        ):
+            if len(chosen):
+                parts.append(find(domain[chosen], starts[chosen], stops[chosen]))
+        return self._documents_in(_joined(parts).in_order(order, (stops - starts)[order]))
 
     def _parts_of_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
         """Cut spans at the borders of epochs and windows."""
         domain, epoch, begin, end = self._cut_at_epochs(domain, starts, stops)
         if self._orders.can_hold(domain, epoch):
             return self._window_parts(domain, epoch, begin, end)
-        # Spans of more than two epochs of a domain.
-        runs = list(equal_runs(domain * (int(epoch.max()) + 1) + epoch))
-        return _joined([self._window_parts(domain[a:b], epoch[a:b], begin[a:b], end[a:b]) for a, b in runs])
+        # Spans of more than two epochs of a domain: one epoch after the other.
+        key = domain * (int(epoch.max()) + 1) + epoch
+        order = np.argsort(key, kind="stable")
+        runs = [order[first:last] for first, last in equal_runs(key[order])]
+        parts = [self._window_parts(domain[own], epoch[own], begin[own], end[own]) for own in runs]
+        return _joined(parts).in_order(order, (end - begin)[order])
 
     def _repeated_parts(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
         """Cut spans of small domains at the borders of groups of epochs."""

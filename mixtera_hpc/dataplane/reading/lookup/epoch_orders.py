@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.order import EpochOrder
-from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
+from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges, search
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 
 __all__ = ["EPOCH_END", "NOT_IN_MEMORY", "EpochOrders", "WindowKey", "WindowSpans"]
@@ -86,7 +86,7 @@ class EpochOrders:
         first_key = self._first_key[slot]
         begin = begin + first_key
         end = end + first_key
-        cell = np.searchsorted(self._keys, begin, side="right") - 1
+        cell = search(self._keys, begin, side="right") - 1
         # Nearly always each span lies in one window.
         if (end > self._keys[cell + 1]).any():
             count = np.searchsorted(self._keys, end, side="left") - cell

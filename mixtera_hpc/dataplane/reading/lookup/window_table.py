@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges, search
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
 
 __all__ = ["StreamWindow", "WindowDocuments", "WindowTable"]
@@ -158,8 +158,8 @@ class WindowTable:
         if self._has_unit_items:
             return first_item + begin, end - begin
         stops = self._columns["stop"]
-        first = np.searchsorted(stops, first_item + begin, side="right")
-        last = np.searchsorted(stops, first_item + end, side="left")
+        first = search(stops, first_item + begin, side="right")
+        last = search(stops, first_item + end, side="left")
         return first, last + 1 - first
 
     def items(self, documents: Ints) -> Ints:

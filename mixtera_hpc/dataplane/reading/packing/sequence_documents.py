@@ -73,33 +73,32 @@ class SequenceDocuments:
         """Return the `dataplane.sample_cost` of every document; shape (n,)."""
         return self._costs.of_documents(documents)
 
-    def documents(self, domain: NDArray[np.integer[Any]], numbers: Ints, places: Ints | None = None) -> Documents:
+    def documents(self, domain: NDArray[np.integer[Any]], numbers: Ints) -> Documents:
         """Return the documents of sequences, one sequence after the other.
-
-        Neighbouring sequences of a group that follow each other are cheapest.
 
         Args:
             domain: of each sequence.
             numbers: number of each sequence in the stream of its domain.
-            places: sort key of each sequence, which orders the result; None to keep the order of the sequences.
         """
         if self.is_packed and len(domain):
-            # Groups are packed first, which looks up documents itself.
-            own = [int(domain[first]) for first, _ in equal_runs(domain)]
-            packed = [
-                self._packed_spans(value, numbers[first:last])
-                for value, (first, last) in zip(own, equal_runs(domain), strict=True)
-            ]
-            starts, stops = (np.concatenate(ends) for ends in zip(*packed, strict=True))
-            if places is not None:
-                # Every sequence has the same number of items, so the position of a span tells its sequence.
-                first_items = np.cumsum(stops - starts) - (stops - starts)
-                places = places[first_items // self._source.grid.length]
-            of_spans = np.repeat(own, [len(part) for part, _ in packed])
-            return self._streams.documents_of_spans(of_spans, starts, stops, places)
+            return self._packed_documents(domain, numbers)
         grid = self._source.grid
         starts = self._source.stream_version.origins[domain] + numbers * grid.stride
-        return self._streams.documents_of_spans(domain.astype(np.int64), starts, starts + grid.length, places)
+        return self._streams.documents_of_spans(domain.astype(np.int64), starts, starts + grid.length)
+
+    def _packed_documents(self, domain: NDArray[np.integer[Any]], numbers: Ints) -> Documents:
+        # Neighbouring sequences of a group are cut together.
+        order = np.lexsort((numbers, domain))
+        runs = [order[first:last] for first, last in equal_runs(domain[order])]
+        # Groups are packed first, which looks up documents itself.
+        packed = [self._packed_spans(int(domain[run[0]]), numbers[run]) for run in runs]
+        starts, stops = (np.concatenate(ends) for ends in zip(*packed, strict=True))
+        # Every sequence has the same number of items, so the position of a span tells its sequence.
+        first_items = np.cumsum(stops - starts) - (stops - starts)
+        sequence = order[first_items // self._source.grid.length]
+        in_order = np.argsort(sequence, kind="stable")
+        of_spans = domain[sequence[in_order]].astype(np.int64)
+        return self._streams.documents_of_spans(of_spans, starts[in_order], stops[in_order])
 
     def spans(self, domain: int, sequence: int) -> list[tuple[int, int]]:
         """Return the items of the stream that a sequence consists of, as (first, one past the last), in its order."""

@@ -5,6 +5,8 @@ where the trainer gets them. Price: beside the copy about 10 bytes written per t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,31 +17,44 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
 from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 
-__all__ = ["StoredSequences"]
+__all__ = ["SequenceOutput", "StoredSequences"]
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """The sequences of a batch, and where they are written."""
+
+    num_sequences: int
+    size: int
+    """Rows of the batch; those behind the sequences are padding."""
+    arrays: TokenArrays | None
+    """Memory for at least `size` rows; None to make new arrays."""
 
 
 class StoredSequences:
     """The sequences of several batches, ready to be copied to one batch after the other."""
 
-    def __init__(self, source: Source, writer: TokenWriter, documents: Documents, num_sequences: Sequence[int]) -> None:
+    def __init__(
+        self, source: Source, writer: TokenWriter, documents: Documents, outputs: Sequence[SequenceOutput]
+    ) -> None:
         """Compute what is copied.
 
         Args:
             source: says which tokens count.
             writer: copies the tokens of each batch.
             documents: the parts of documents that each sequence consists of, row by row of the batches.
-            num_sequences: sequences of each batch; the other rows, at its end, are padding.
+            outputs: the batches.
         """
         length = source.grid.length
         self._source = source
-        self._num_sequences = num_sequences
+        self._outputs = outputs
         self._writer = writer
 
         self._lengths = documents.wanted
         stops = documents.wanted_stops
-        first_rows = np.cumsum([0, *num_sequences])
+        first_rows = np.cumsum([0, *(output.num_sequences for output in outputs)])
         rows = np.arange(first_rows[-1])
         # Every sequence has `length` tokens, so the place where a part ends tells its sequence.
         parts_stop = np.searchsorted(stops, (rows + 1) * length) + 1
@@ -54,27 +69,34 @@ class StoredSequences:
         # has one prediction less than tokens.
         is_inside = np.ones(len(stops), np.bool_)
         is_inside[first_part] = False
-        self._first_predictions = (stops - self._lengths - np.repeat(rows + 1, num_parts))[is_inside]
+        first_predictions = (stops - self._lengths - np.repeat(rows + 1, num_parts))[is_inside]
         # Each row has one part that does not begin inside of it.
-        self._prediction_borders: list[int] = (self._first_parts - first_rows).tolist()
+        borders = (self._first_parts - first_rows).tolist()
+        self._first_predictions = [
+            first_predictions[begin:end] - first_row * (length - 1)
+            for (begin, end), first_row in zip(pairwise(borders), first_rows.tolist(), strict=False)
+        ]
 
-    def write(self, number: int, batch: TokenArrays) -> None:
-        """Write the sequences of a batch, special tokens included, to its arrays; rows of padding become zeros.
-
-        Args:
-            number: of the batch.
-            batch: its arrays.
-        """
-        count = self._num_sequences[number]
-        served = batch.rows(count)
+    def write(self, number: int) -> TokenArrays:
+        """Return the arrays of a batch: its sequences, special tokens included, and zeros in rows of padding."""
+        output = self._outputs[number]
+        count = output.num_sequences
+        length = self._source.grid.length
+        own = slice(*self._first_parts[number : number + 2])
+        document_ids = np.repeat(self._number[own], self._lengths[own]).reshape(count, length)
+        if output.arrays is None and count == output.size:
+            tokens = np.empty((count, length), np.int64)
+            arrays = served = TokenArrays(tokens, document_ids, np.empty((count, length - 1), np.bool_))
+        else:
+            arrays = TokenArrays.new(output.size, length) if output.arrays is None else output.arrays.rows(output.size)
+            served = arrays.rows(count)
+            served.document_ids[...] = document_ids
+            for array in arrays:
+                array[count:] = 0
         if count:
             self._writer.write(number, served.tokens.reshape(-1))
-            own = slice(*self._first_parts[number : number + 2])
-            served.document_ids.reshape(-1)[:] = np.repeat(self._number[own], self._lengths[own])
             self._set_loss_mask(number, served)
-        if count < len(batch.tokens):
-            for array in batch:
-                array[count:] = 0
+        return arrays
 
     def _set_loss_mask(self, number: int, batch: TokenArrays) -> None:
         """Write which tokens count, and clear the marks of conversations.
@@ -86,11 +108,9 @@ class StoredSequences:
         plane = self._source.config.dataplane
         tokens = batch.tokens
         loss_mask = batch.loss_mask
-        loss_mask[...] = True
+        loss_mask.fill(True)
         if not plane.predict_across_documents:
-            own = self._first_predictions[slice(*self._prediction_borders[number : number + 2])]
-            before = sum(self._num_sequences[:number]) * loss_mask.shape[1]
-            loss_mask.reshape(-1)[own - before] = False
+            loss_mask.reshape(-1)[self._first_predictions[number]] = False
         if self._source.layout.chat_blocks is None:
             return
         # A store may have marks that this run ignores.

@@ -180,10 +180,12 @@ def _joined(segments: _Segments, output_stops: Ints) -> _Segments:
 
 def _copies(segment_stops: Ints, borders: Ints) -> list[list[int]]:
     """Return, for every output, the number of the segment behind each copy; `borders` has the borders of outputs."""
-    targets = []
+    targets: list[int] = []
+    counts = []
     for begin, end in pairwise(borders.tolist()):
         count = max(round((end - begin) / TOKENS_PER_COPY), 1)
-        targets.append(np.linspace(begin, end, count + 1)[1:].astype(np.int64))
-    numbers = np.searchsorted(segment_stops, np.concatenate(targets), side="right").tolist()
-    ends = itertools.accumulate(map(len, targets), initial=0)
+        targets += [begin + (end - begin) * number // count for number in range(1, count + 1)]
+        counts.append(count)
+    numbers = np.searchsorted(segment_stops, targets, side="right").tolist()
+    ends = itertools.accumulate(counts, initial=0)
     return [numbers[begin:end] for begin, end in pairwise(ends)]

@@ -45,15 +45,12 @@ class TokenGather:
         self._source = source
         self._guard = guard
         self._is_stored = blocks_with_tokens(source)
+        self.holds_all = bool(self._is_stored.all())
+        """Whether all blocks of the index are stored as token ids."""
         self._num_shards = len(source.index.shard_paths)
         # The files of the stores have the numbers after the shards.
         self._files = MappedFiles(self._num_shards + len(source.index.token_stores), self._map_file)
         self._places = DocumentPlaces(source, self._is_stored, self._files)
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether all blocks of the index are stored as token ids."""
-        return bool(self._is_stored.all())
 
     def is_stored(self, documents: Documents) -> NDArray[np.bool_]:
         """Return which documents are stored as token ids; shape (n,)."""
