@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
-from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
+from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, cost_with_more_lanes, decode_cost
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.build.build import build_index
@@ -174,3 +174,26 @@ def test_plan_prints_the_cost_and_refuses_too_much(overrides: list[str], capsys:
     assert main(["plan", *words, "data.max_amplification=0.9"]) == 2
     message = capsys.readouterr().err
     assert "data.max_amplification=0.9" in message and "dataplane.lanes" in message
+
+
+def test_lanes_for_the_number_of_nodes_are_named(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*overrides, "data.cache_bytes=1_500_000"]
+    source = open_source(compose(words), Local())
+    served = per_step(forecast_mixture(source, 5))
+    nodes = JobShape(num_groups=8, copies=1, readers_per_node=2, num_nodes=4)
+    now = decode_cost(source, served, nodes)
+    better = cost_with_more_lanes(source, served, nodes)
+    assert now is not None
+    assert better is not None
+    lanes, cost = better
+    assert lanes == 16
+    assert cost == decode_cost(open_source(compose([*words, "dataplane.lanes=16"]), Local()), served, nodes)
+    assert cost.amplification < 0.8 * now.amplification
+
+    # One node shares no lane with others, and a number of lanes that needs more memory is not named.
+    assert cost_with_more_lanes(source, served, replace(nodes, num_nodes=1)) is None
+    small = open_source(compose([*overrides, "data.cache_bytes=1_400_000"]), Local())
+    assert cost_with_more_lanes(small, served, nodes) is None
+
+    assert main(["plan", *words, "job.nodes=4", "job.ranks_per_node=2"]) == 0
+    assert "dataplane.lanes=16, set before the run begins:" in " ".join(capsys.readouterr().out.split())

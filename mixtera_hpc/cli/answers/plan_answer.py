@@ -18,7 +18,12 @@ from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
-from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, check_decode_cost, decode_cost
+from mixtera_hpc.dataplane.reading.residency.decode_cost import (
+    JobShape,
+    check_decode_cost,
+    cost_with_more_lanes,
+    decode_cost,
+)
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -73,7 +78,8 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
     ranks = num_ranks(config)
     items = np.array([domain.served for domain in forecast.domains], np.float64)
     shape = JobShape.of_job(source, ranks, ranks // config.job.nodes)
-    cost = decode_cost(source, items / max(forecast.num_steps, 1), shape)
+    per_step = items / max(forecast.num_steps, 1)
+    cost = decode_cost(source, per_step, shape)
     if cost is not None:
         # The lower bound assumes that blocks do not stay in memory. A collection that fits into it needs less.
         least = min(cost.lower_bound, cost.amplification)
@@ -82,6 +88,12 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
             f"{cost.amplification:.1f} bytes per byte served, at least {least:.1f} with this layout of the "
             f"data; {cost.read_bytes_per_step / 1e6:.3g} MB read from the file system per step; "
             f"{cost.memory_bytes / 1e9:.3g} GB of memory per node"
+        )
+    if (better := cost_with_more_lanes(source, per_step, shape)) is not None:
+        lanes, less = better
+        open_console().print(
+            f"Nodes that share a lane decode the same files. dataplane.lanes={lanes}, set before the run begins: "
+            f"{less.amplification:.1f} bytes per byte served, {less.memory_bytes / 1e9:.3g} GB of memory per node"
         )
     check_decode_cost(source, cost)
 

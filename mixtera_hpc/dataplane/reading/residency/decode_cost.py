@@ -8,7 +8,7 @@ domains; nothing for formats that read single rows.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
-__all__ = ["DecodeCost", "JobShape", "check_decode_cost", "check_job", "decode_cost"]
+__all__ = ["DecodeCost", "JobShape", "check_decode_cost", "check_job", "cost_with_more_lanes", "decode_cost"]
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +33,11 @@ BLOCKS_PER_LANE = 2.5
 block once: they are not exactly at the same place, because their shares differ from block to block."""
 AHEAD_PER_LANE = 1.5
 """The same for a process that decodes for itself, which keeps only rows that are needed; in the size of blocks."""
+
+LANES_PER_NODE = 4
+"""With so many lanes per node, nodes that divide a lane decode a quarter twice. More lanes need more memory."""
+CLEARLY_LESS = 0.8
+"""Factor on the decoded bytes from which on another number of lanes is worth naming."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +127,23 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
         read_bytes_per_step=float(on_disk) * repeats + single,
         memory_bytes=_node_memory(rows_memory, blocks_memory, shape),
     )
+
+
+def cost_with_more_lanes(source: Source, served_per_step: Floats, shape: JobShape) -> tuple[int, DecodeCost] | None:
+    """Return a number of lanes with which the job decodes clearly less, and its cost; None if there is none.
+
+    The number of lanes belongs to the identity of a run, so its default cannot depend on the number of nodes.
+    """
+    lanes = LANES_PER_NODE * shape.num_decoders
+    now = decode_cost(source, served_per_step, shape)
+    if now is None or shape.num_decoders == 1 or lanes <= source.lanes.lanes:
+        return None
+    if source.layout.order.shuffle == "sequence":
+        return None
+    cost = decode_cost(replace(source, lanes=replace(source.lanes, lanes=lanes)), served_per_step, shape)
+    if cost is None or cost.amplification > CLEARLY_LESS * now.amplification:
+        return None
+    return (lanes, cost) if cost.memory_bytes <= source.config.data.cache_bytes else None
 
 
 def _share_together(shape: JobShape, ahead_bytes: float, shared_bytes: float, blocks_memory: float) -> float:
