@@ -3,6 +3,7 @@
 Most rows of a shuffled stream have a read of their own, whose bytes are the row. The others are cut out of their reads.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +45,12 @@ class ReadPlan:
         """
         stops = starts + lengths
         bounds = merge_nearby(starts, stops, shards)
-        num_rows = np.diff(bounds)
-        single = bounds[:-1][num_rows == 1]
-        first_shared = bounds[:-1][num_rows > 1]
-        shared = concatenated_ranges(first_shared, num_rows[num_rows > 1])
+        first = bounds[:-1]
+        num_rows = bounds[1:] - first
+        is_shared = num_rows > 1
+        single = first[~is_shared]
+        first_shared = first[is_shared]
+        shared = concatenated_ranges(first_shared, num_rows[is_shared])
         self.positions = np.concatenate([single, shared])
         """Position of each row among those requested: rows with a read of their own, then the others."""
         self.offsets: list[int] = starts[single].tolist()
@@ -56,11 +59,14 @@ class ReadPlan:
         self._plan_shared(starts, stops, first_shared, shared)
 
         # For each file: the range of its rows, of its reads of single rows, and of its reads of several rows.
-        row_borders = np.append(np.flatnonzero(np.diff(shards, prepend=-1)), len(shards))
+        is_border = np.ones(len(shards) + 1, np.bool_)
+        np.not_equal(shards[1:], shards[:-1], out=is_border[1:-1])
+        row_borders = np.flatnonzero(is_border)
         fields = [shards[row_borders[:-1]].tolist()]
         for borders in (row_borders, np.searchsorted(single, row_borders), np.searchsorted(first_shared, row_borders)):
             fields += [borders[:-1].tolist(), borders[1:].tolist()]
-        self.files = list(map(FileReads, *fields))
+        # Without the Python code of a named tuple's constructor: there may be as many files as rows.
+        self.files = list(map(partial(tuple.__new__, FileReads), zip(*fields, strict=True)))
 
     def _plan_shared(self, starts: Ints, stops: Ints, first: NDArray[np.intp], rows: Ints) -> None:
         """Plan the reads of several rows each, given the first row of each read and all of their rows."""

@@ -106,20 +106,21 @@ class RowFiles:
             EOFError: a read was short.
         """
         self._num_calls += 1
-        single: list[bytes] = []
+        rows: list[bytes] = []
         shared: list[bytes] = []
-        for file in plan.files:
-            enter(file.shard, file.first_row, file.row_stop - 1)
-            descriptor = self._descriptor(file.shard)
-            own = slice(file.first_single, file.single_stop)
-            single += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
-            if file.first_shared < file.shared_stop:
-                reads = range(file.first_shared, file.shared_stop)
-                for rows in _rows_of_reads(descriptor, plan, reads, len(plan.read_of_row)):
-                    shared += rows
-        _check_sizes(single, plan.sizes)
-        single += shared
-        return single
+        # There may be as many files as rows, so little is done for each.
+        for shard, first_row, row_stop, first, stop, first_shared, shared_stop in plan.files:
+            enter(shard, first_row, row_stop - 1)
+            descriptor = repeat(self._descriptor(shard))
+            rows += map(os.pread, descriptor, plan.sizes[first:stop], plan.offsets[first:stop])
+            if first_shared < shared_stop:
+                own = slice(first_shared, shared_stop)
+                shared += map(os.pread, descriptor, plan.shared_sizes[own], plan.shared_offsets[own])
+        _check_sizes(rows, plan.sizes)
+        _check_sizes(shared, plan.shared_sizes)
+        places = zip(plan.read_of_row, plan.row_starts, plan.row_stops, strict=True)
+        rows += [shared[read][start:end] for read, start, end in places]
+        return rows
 
     def read_bytes(self, shard: int, offset: int, size: int) -> bytes:
         """Return the bytes [offset, offset + size) of a file.
