@@ -47,6 +47,25 @@ def test_the_window_cache_stays_within_its_budget(
     assert len(reads) == num_reads
 
 
+def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(source: Source) -> None:
+    read = source.make_block_reader()
+    reads = []
+
+    def counted(blocks: NDArray[np.int32]) -> SampleColumns:
+        reads.append(len(blocks))
+        return read(blocks)
+
+    end = int(source.layout.epoch_order(0, 0).starts[1])
+    # Windows are blocks. After the first items, most of the window remains; after its last item, nothing does.
+    for start, stop, num_blocks in ((0, 1, 1), (end - 1, end, 2)):
+        reads.clear()
+        streams = DomainStreams(source.layout, counted, source.domain_of)
+        streams.documents(0, start, stop)
+        assert sum(reads) == num_blocks
+        streams.documents(0, end, end + 1)
+        assert sum(reads) == 2
+
+
 def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: Source) -> None:
     read = source.make_block_reader()
 

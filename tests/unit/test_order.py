@@ -48,6 +48,15 @@ def test_another_seed_domain_or_epoch_gives_another_order_of_rows(other: tuple[i
     assert not np.array_equal(first, order(seed=seed).rows(domain, epoch, 0, 40))
 
 
+def test_the_rows_of_several_windows_follow_each_other() -> None:
+    windows = [(0, 0, 0), (3, 2, 1), (3, 2, 5), (7, 0, 1)]
+    sizes = [40, 8, 0, 3]
+    together = order().rows_of_windows(windows, sizes)
+    starts = np.cumsum(sizes) - sizes
+    own = [order().rows(*window, size) + start for window, size, start in zip(windows, sizes, starts, strict=True)]
+    assert together.tolist() == np.concatenate(own).tolist()
+
+
 def test_domains_pass_through_the_blocks_that_they_share_in_one_order() -> None:
     chosen = np.flatnonzero(np.arange(40) % 3)
     of_all = BLOCKS[epoch_of(order()).block_order]
