@@ -65,10 +65,13 @@ def check_encode_documents_adds_special_tokens(tokenizer: Tokenizer) -> None:
     """Check that `encode_documents` returns the tokens of `encode_each`, with `added` at both ends of a document."""
     added = tokenizer.added
     for documents in ([], [""], ["", " a", "b "], DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS]):
-        tokens, starts, sizes = tokenizer.encode_documents(documents)
-        each = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
-        texts = [ids.tolist() for ids in tokenizer.encode_each(documents)]
-        assert each == [[*added.before, *ids, *added.after] for ids in texts]
+        expected = [[*added.before, *ids.tolist(), *added.after] for ids in tokenizer.encode_each(documents)]
+        lengths = np.array([len(ids) for ids in expected], np.int64)
+        # Sizes that are wrong do not matter.
+        for hint in (None, lengths, lengths + 1, np.flip(lengths)):
+            tokens, starts, sizes = tokenizer.encode_documents(documents, hint)
+            each = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
+            assert each == expected
     assert all(tokenizer.vocab_size not in ids for ids in tokenizer.encode_each(BORDER_TEXTS))
 
 

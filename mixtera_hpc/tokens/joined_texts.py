@@ -25,6 +25,7 @@ _PROBES = ["", " ", "  a", "a  ", "\n", "\n\nThe", "'s", "12", "\u0301e\u0301", 
 """Texts whose tokens would depend on their neighbours if borders did not cut the text."""
 
 Tokens = NDArray[np.uint32]
+Ints = NDArray[np.int64]
 Encode = Callable[[str | bytes], Tokens]
 """A function from a text, or its UTF-8, to its tokens."""
 
@@ -34,9 +35,9 @@ class EncodedDocuments(NamedTuple):
 
     tokens: Tokens
     """The tokens of all documents, possibly with others between two documents."""
-    starts: NDArray[np.int64]
+    starts: Ints
     """Position of the first token of each document; shape (num_documents,)."""
-    sizes: NDArray[np.int64]
+    sizes: Ints
     """Tokens of each document."""
 
 
@@ -77,20 +78,37 @@ class JoinedTexts:
         self._num_borders = max(len(self._added), 1)
         self._separator = BORDER * self._num_borders
 
-    def encode(self, documents: Sequence[str]) -> EncodedDocuments | None:
-        """Return the tokens of documents; None if they must be encoded one by one."""
+    def encode(self, documents: Sequence[str], sizes: Ints | None = None) -> EncodedDocuments | None:
+        """Return the tokens of documents; None if they must be encoded one by one.
+
+        Args:
+            documents: the texts.
+            sizes: the expected tokens of each, with the special tokens. Borders where they are expected need no search.
+        """
         if sum(map(len, documents)) > MAX_JOINED_CHARACTERS:
             return None
         # Empty texts at both ends, so that there are borders before and after every document.
         tokens = self._encode(self._join(["", *documents, ""]))
-        positions = np.flatnonzero(tokens == self._border_id)
-        if len(positions) != self._num_borders * (len(documents) + 1):
+        is_border = tokens == self._border_id
+        if np.count_nonzero(is_border) != self._num_borders * (len(documents) + 1):
             return None  # A document contains the text of a border.
-        borders = positions.reshape(-1, self._num_borders)
+        borders = None if sizes is None else self._expected_borders(is_border, sizes)
+        if borders is None:
+            borders = np.flatnonzero(is_border).reshape(-1, self._num_borders)
         if len(self._added):
             tokens[borders] = self._added
         starts = borders[:-1, -1] + 1 - self._num_before
         return EncodedDocuments(tokens, starts, borders[1:, 0] + self._num_after - starts)
+
+    def _expected_borders(self, is_border: NDArray[np.bool_], sizes: Ints) -> Ints | None:
+        """Return the positions of the borders before each document and at the end, if documents have these sizes."""
+        # Without special tokens, documents have a border between them all the same.
+        steps = sizes - len(self._added) + self._num_borders
+        first = np.append(0, np.cumsum(steps))
+        borders = first[:, None] + np.arange(self._num_borders)
+        if int(borders[-1, -1]) + 1 != len(is_border) or not is_border[borders].all():
+            return None
+        return borders
 
     def _join(self, texts: Sequence[str]) -> str | bytes:
         """Return the texts with borders between them."""

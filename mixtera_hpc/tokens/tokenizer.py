@@ -75,8 +75,8 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_documents(self, documents: Sequence[str]) -> EncodedDocuments:
-        """Return the tokens of documents with `added`, as the data plane serves them; a `ChatText` gets no `added`."""
+    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
+        """Return the tokens of documents with `added`, except a `ChatText`; fastest with the right `sizes` of each."""
         ...
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
@@ -144,7 +144,7 @@ class _LibraryTokenizer(ABC):
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         return _concatenate(self.encode_each(documents))
 
-    def encode_documents(self, documents: Sequence[str]) -> EncodedDocuments:
+    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
         each = self.encode_each(documents)
         # A chat template writes all special tokens itself.
         is_chat = [isinstance(document, ChatText) for document in documents]
@@ -202,9 +202,9 @@ class GigatokenTokenizer(_LibraryTokenizer):
         self._joined = joined if bordered and joined.agrees() else None
         self._check_special_tokens_stay_text()
 
-    def encode_documents(self, documents: Sequence[str]) -> EncodedDocuments:
+    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
         if self._joined is not None and ChatText not in set(map(type, documents)):
-            encoded = self._joined.encode(documents)
+            encoded = self._joined.encode(documents, sizes)
             if encoded is not None:
                 return encoded
         return super().encode_documents(documents)
@@ -271,7 +271,7 @@ class StoredTokenIds:
     def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
         return str(tokens.tolist())
 
-    def encode_documents(self, documents: Sequence[str]) -> EncodedDocuments:
+    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
         tokens, offsets = self.encode_batch(documents)
         return EncodedDocuments(tokens, offsets[:-1], np.diff(offsets))
 

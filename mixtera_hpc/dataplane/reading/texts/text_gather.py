@@ -92,10 +92,12 @@ class TextGather:
         starts = np.empty(len(read.keys), np.int64)
         is_unread = np.ones(len(starts), np.bool_)
         cut = np.flatnonzero((read.begin > 0) | (read.end < documents.size))
-        for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True):
-            if key in self._kept:
-                starts[number] = memory.append(self._kept[key])
-                is_unread[number] = False
+        kept = [number for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True) if key in self._kept]
+        if kept:
+            tokens = [self._kept[key] for key in read.keys[kept].tolist()]
+            stops = np.cumsum(documents.size[kept])
+            starts[kept] = memory.append(np.concatenate(tokens)) + stops - documents.size[kept]
+            is_unread[kept] = False
         unread = np.flatnonzero(is_unread)
         if len(unread):
             texts = documents if len(unread) == len(starts) else documents.select(unread)
@@ -113,21 +115,25 @@ class TextGather:
             raise no_tokenizer_error()
         read = self._rows.read(documents, raw=False)
         self._rows.place.enter(TOKENIZE)
-        order = np.argsort(position)
+        # The positions differ, so they are sorted without comparisons.
+        document_at = np.full(int(position.max()) + 1, -1)
+        document_at[position] = np.arange(len(position))
+        order = document_at[document_at >= 0]
         row = np.empty_like(order)
         row[read.positions] = np.arange(len(order))
         texts = list(map(read.rows.__getitem__, row[order].tolist()))
         starts = np.empty(len(order), np.int64)
+        expected = documents.size[order]
         sizes = np.empty(len(order), np.int64)
         for begin in range(0, len(texts), ENCODED_AT_ONCE):
             own = slice(begin, begin + ENCODED_AT_ONCE)
-            encoded = tokenizer.encode_documents(texts[own])
+            encoded = tokenizer.encode_documents(texts[own], expected[own])
             starts[own] = encoded.starts + self._memory.append(encoded.tokens)
             sizes[own] = encoded.sizes
         self._rows.place.enter(PACK)
 
         # A wrong count would shift every later sequence of the stream without a sign.
-        wrong = np.flatnonzero(sizes != documents.size[order])
+        wrong = np.flatnonzero(sizes != expected)
         if len(wrong):
             raise token_count_error(self._source, documents, int(order[wrong[0]]), int(sizes[wrong[0]]))
         of_documents = np.empty_like(starts)
