@@ -120,3 +120,13 @@ def test_thousands_of_epochs_take_few_calls(source: Source) -> None:
         sys.setprofile(None)
     assert len(documents.block) >= 10_000
     assert calls < 10_000
+
+
+def test_spans_looked_up_together_keep_their_order(source: Source) -> None:
+    streams = source.streams()
+    together = streams.documents_of_spans(*spans(source))
+    alone = [
+        streams.documents_of_spans(*parts) for parts in zip(*(np.split(v, 12) for v in spans(source)), strict=True)
+    ]
+    for name in COLUMNS:
+        assert (getattr(together, name) == np.concatenate([getattr(one, name) for one in alone])).all(), name

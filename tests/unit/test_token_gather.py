@@ -1,6 +1,8 @@
 """Batches from shards that hold token ids, against a document-by-document reference."""
 
+import contextlib
 import json
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import DataError
@@ -215,3 +218,25 @@ def test_samples_of_moved_documents_are_refused(tmp_path: Path) -> None:
     write_megatron(path, [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     with pytest.raises(DataError, match="its documents have other lengths"):
         MegatronReader(path).payloads(block, lengths, np.array([0, 2]))
+
+
+def test_a_damaged_document_of_the_window_is_refused_when_it_is_served(overrides: list[str], tmp_path: Path) -> None:
+    """All documents of a window are located together, but only those that are served must be right."""
+    words = [word for word in overrides if "dataplane.tokenizer=" not in word]
+    words += ["mixture.group_by=[]", "dataplane.shuffle=none", "dataplane.vocab_size=300", "dataplane.eos_id=0"]
+    config = compose(words)
+    build_index(config)
+    shard = tmp_path / "data/2/a.bin"
+    os.truncate(shard, shard.stat().st_size - 2)
+
+    source = open_source(config, Local(), check=False)
+    documents = source.streams().documents(0, 0, int(source.layout.epoch_items()[0]))
+    of_window = documents.select(np.flatnonzero(documents.window == documents.window[-1]))
+    reader = DocumentReader(source)
+    with contextlib.closing(reader):
+        right = of_window.select(slice(0, -1))
+        tokens = np.zeros(int(right.wanted.sum()), np.int64)
+        reader.prepare(right, [len(tokens)]).write(0, tokens)
+        assert tokens.any()
+        with pytest.raises(DataError, match="documents lie outside the file"):
+            reader.prepare(of_window, [int(of_window.wanted.sum())])

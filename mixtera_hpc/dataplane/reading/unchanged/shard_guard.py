@@ -52,6 +52,21 @@ def no_shard_states() -> Ints:
     return np.zeros((0, 4), np.int64)
 
 
+class _Paths(dict[int, str]):
+    """Number of a shard → its path. Joined once for each shard that is read, since it takes as long as a comparison."""
+
+    def __init__(self, data_root: str, shard_paths: Sequence[str]) -> None:
+        super().__init__()
+        self._data_root = data_root
+        self._shard_paths = shard_paths
+
+    def __missing__(self, number: int) -> str:
+        # The paths of data sets with names are absolute.
+        name = self._shard_paths[number]
+        self[number] = path = name if name[0] == "/" else f"{self._data_root}/{name}"
+        return path
+
+
 class ShardGuard:
     """The comparison of the shards that one reading thread has read. Not thread-safe."""
 
@@ -66,8 +81,7 @@ class ShardGuard:
             states: see `shard_states`; without entries, nothing is compared.
             stamps: the look-ups of all processes of this node; None if this process makes all of its own.
         """
-        self._data_root = data_root
-        self._shard_paths = shard_paths
+        self._paths = _Paths(data_root, shard_paths)
         self._states = states
         self._is_used = np.zeros(len(states), np.bool_)
         """Mask of the shards that were read since the last comparison."""
@@ -106,10 +120,14 @@ class ShardGuard:
 
     def _look_up(self, used: NDArray[np.intp]) -> None:
         """Look up every shard."""
-        # A read may touch thousands of shards, so the common case is three comparisons.
-        for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
-            path = self._path_of(number)
-            status = _stat(path)
+        numbers = used.tolist()
+        paths = map(self._paths.__getitem__, numbers)
+        # A read may touch thousands of shards, so the common case is a call and three comparisons.
+        for number, path, size, mtime, ctime in zip(numbers, paths, *self._accepted[used].T.tolist(), strict=True):
+            try:
+                status = os.stat(path)  # noqa: PTH116 - pathlib is slow.
+            except OSError as error:
+                raise _lost_error(path, error) from None
             if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
                 self._accepted[number] = self._state_to_accept(number, path, status, is_first=not ctime)
 
@@ -121,18 +139,13 @@ class ShardGuard:
         for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
             if ctime and stamps.proves(number, read_end, state_digest(size, mtime, ctime)):
                 continue
-            path = self._path_of(number)
+            path = self._paths[number]
             began = now_ticks()
             status = _stat(path)
             if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
                 is_first = not ctime and not stamps.contradicts(number, state_digest(*_size_and_times(status)))
                 self._accepted[number] = self._state_to_accept(number, path, status, is_first=is_first)
             stamps.record(number, began, state_digest(*self._accepted[number].tolist()))
-
-    def _path_of(self, number: int) -> str:
-        # The paths of data sets with names are absolute.
-        name = self._shard_paths[number]
-        return name if name[0] == "/" else f"{self._data_root}/{name}"
 
     def _state_to_accept(
         self, number: int, path: str, status: os.stat_result, *, is_first: bool
@@ -175,7 +188,11 @@ def _stat(path: str) -> os.stat_result:
     try:
         return os.stat(path)  # noqa: PTH116 - pathlib is slow.
     except OSError as error:
-        raise _changed_error(path, f"it cannot be found: {error.strerror}") from None
+        raise _lost_error(path, error) from None
+
+
+def _lost_error(path: str, error: OSError) -> DataError:
+    return _changed_error(path, f"it cannot be found: {error.strerror}")
 
 
 def _size_and_times(status: os.stat_result) -> tuple[int, int, int]:
