@@ -7,7 +7,7 @@ A thread makes batches as the reading thread of a rank does, while the main thre
 does nothing else. Counted is the time in which the reading thread was on a core, so that other load does not matter.
 Printed are the number of batches, how many waits took more than 1 ms, the longest, and where the reading thread was.
 Such a wait is a call that keeps the lock, a garbage collection in it, or many short calls that give the lock up and get
-it back before the waiting thread has woken, as reading and tokenizing do. Writes bench/out/lock_holds.json.
+it back before the waiting thread has woken, as positioned reads do. Writes bench/out/lock_holds.json.
 """
 
 import argparse

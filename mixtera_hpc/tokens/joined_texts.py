@@ -20,7 +20,7 @@ __all__ = ["BORDER", "Encode", "EncodedDocuments", "JoinedTexts", "with_border"]
 BORDER = "\x1dmixtera-hpc: border of documents\x1e"
 """The text of the special token. It begins with a character that is rare in texts."""
 MAX_JOINED_CHARACTERS = 1 << 20
-"""Characters of documents that are joined: the copy holds Python's lock, for less than a millisecond."""
+"""Characters of documents that are joined: the copy and the tokenizer hold Python's lock, for up to 6 ms."""
 _PROBES = ["", " ", "  a", "a  ", "\n", "\n\nThe", "'s", "12", "\u0301e\u0301", "\u00a0", "漢字", "🙂", "\r\n/", "a"]
 """Texts whose tokens would depend on their neighbours if borders did not cut the text."""
 

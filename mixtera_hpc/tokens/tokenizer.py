@@ -189,7 +189,7 @@ class _LibraryTokenizer(ABC):
 
 
 class GigatokenTokenizer(_LibraryTokenizer):
-    """`Tokenizer` over gigatoken. A call uses one thread and releases the GIL.
+    """`Tokenizer` over gigatoken. A call uses one thread and keeps the GIL, for 5 ms per megabyte.
 
     The library's own batches cost 0.1 to 0.4 ms before the first token.
     """
