@@ -24,6 +24,8 @@ class System:
     """`module.function` below `bench._peers`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: str = OURS
+    is_published: bool = True
+    """False for a peer that was given a faster decoder than its own or that of Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,14 @@ def _bare(name: str, order: str, call: str) -> System:
 
 
 def _peer(environment: str, name: str, order: str, call: str, **options: Any) -> System:
-    return System(name=name, order=order, call=call, options=options, environment=environment)
+    return System(
+        name=name,
+        order=order,
+        call=call,
+        options=options,
+        environment=environment,
+        is_published="msgspec" not in name,
+    )
 
 
 def _series(call: str, data: str, name: str, option: str, values: tuple[Any, ...]) -> tuple[System, ...]:
