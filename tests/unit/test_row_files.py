@@ -67,6 +67,30 @@ def test_no_more_files_are_open_than_allowed(files: RowFiles) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
+def test_files_that_are_read_in_turn_stay_open(files: RowFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def counted_open(path: str, flags: int) -> int:
+        opened.append(path)
+        return real_open(path, flags)
+
+    real_open = os.open
+    monkeypatch.setattr(os, "open", counted_open)
+    in_turn = [(shard, 1) for shard in range(NUM_FILES)]
+    for _ in range(5):
+        read(files, in_turn)
+    # Three of the four stay, so at most six are opened in each read. If the oldest were closed, all nine would be.
+    assert len(opened) <= NUM_FILES + 4 * (NUM_FILES - 3)
+    # Other files take their place when nobody reads them any more.
+    for _ in range(4):
+        read(files, [(8, 1), (7, 1)])
+        read(files, [(6, 1), (5, 1)])
+    opened.clear()
+    read(files, [(shard, 1) for shard in (5, 6, 7, 8)])
+    assert not opened
+    files.close()
+
+
 def test_a_row_behind_the_end_of_a_file_is_refused(files: RowFiles) -> None:
     with pytest.raises(EOFError):
         read(files, [(0, 1), (0, 400)])

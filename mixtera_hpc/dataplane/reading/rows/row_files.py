@@ -33,8 +33,8 @@ class _OpenFile:
 class RowFiles:
     """Open files, by number of the shard.
 
-    Calls of `read` go through the same files again and again, in ascending order. Where too many are open, a file that
-    the last two calls did not use is closed, or else the one that was used last: its turn comes latest.
+    Reads of many rows go through the same files again and again, in ascending order. Where too many are open, a file
+    that the last two of these reads did not use is closed, or else the one that was used last: its turn comes latest.
     """
 
     def __init__(self, data_root: str, paths: Sequence[str], max_open: int) -> None:
@@ -129,7 +129,7 @@ class RowFiles:
             OSError: the file cannot be opened or read.
             EOFError: the read was short.
         """
-        content = os.pread(self._descriptor(shard), size, offset)
+        content = os.pread(self._descriptor(shard, is_in_turn=False), size, offset)
         if len(content) != size:
             raise EOFError
         return content
@@ -139,14 +139,14 @@ class RowFiles:
         while self._open:
             self._close_one()
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: int, *, is_in_turn: bool = True) -> int:
         file = self._open.get(shard)
         if file is not None:
             self._open.move_to_end(shard)
             file.last_use = self._num_calls
             return file.descriptor
         while len(self._open) >= self._max_open:
-            self._close_one()
+            self._close_one(is_in_turn=is_in_turn)
         # The paths of data sets with names are absolute. A library takes longer to join paths than to open the file.
         name = self._paths[shard]
         path = name if name[0] == "/" else f"{self._data_root}/{name}"
@@ -154,10 +154,11 @@ class RowFiles:
         self._open[shard] = _OpenFile(descriptor, self._num_calls)
         return descriptor
 
-    def _close_one(self) -> None:
+    def _close_one(self, *, is_in_turn: bool = False) -> None:
+        """Close the file that was not used for longest, or, if all are read in turn, the one that was used last."""
         oldest = next(iter(self._open.values()))
-        is_unused = oldest.last_use < self._num_calls - 1
-        _, file = self._open.popitem(last=not is_unused)
+        are_all_in_use = oldest.last_use >= self._num_calls - 1
+        _, file = self._open.popitem(last=is_in_turn and are_all_in_use)
         os.close(file.descriptor)
 
 
