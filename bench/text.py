@@ -1,7 +1,9 @@
 """Documents and packed tokens of plain JSONL, next to bare loops over the same rows in the same shuffled order.
 
 Ours is measured three times: a bare `BatchMaker` in the calling thread, and the public `DataPlane` with a reading
-thread and with a reading process. All loops take turns, and a rate counts the CPU seconds of all processes.
+thread and with a reading process. All loops take turns, and a rate counts the CPU seconds of all processes. Every
+measurement is one epoch, so that it contains as many new windows of the shuffle as a long run. An epoch before them
+warms up: a new tokenizer is slow until it has seen most words.
 """
 
 import functools
@@ -10,9 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import gigatoken
 import msgspec
 
 from bench._corpus import make_rows, make_tokenizer
@@ -30,12 +34,10 @@ from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
-from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
 
 NUM_ROWS = 300_000
-NUM_STEPS = 100
-WARM_UP_STEPS = 50
-ROUNDS = 3
+ROUNDS = 5
+TOKENIZED_AT_ONCE = 256
 DOCUMENTS = ["mixture.unit=samples", "dataplane.global_batch_size=1024"]
 TEXT = ["dataplane.seq_len=1024", "dataplane.global_batch_size=64"]
 PLANES = {"DataPlane, thread": 0, "DataPlane, process": 1}
@@ -69,29 +71,31 @@ def corpus_settings(data: Path) -> list[str]:
 def _document_lines(config: Config) -> Iterator[FigureLine]:
     """Compare raw samples with decoding the same rows in the same order."""
     source = open_source(config, Local())
-    reads = _recorded_reads(source)
+    num_steps = _steps_of_epoch(source)
+    reads = _recorded_reads(source, num_steps)
     decoder = msgspec.json.Decoder()
     works: dict[str, Callable[[], float]] = {
-        "BatchMaker": functools.partial(rate, functools.partial(_serve_batches, source)),
-        **{mode: functools.partial(_plane_rate, config, workers) for mode, workers in PLANES.items()},
+        "BatchMaker": functools.partial(rate, functools.partial(_serve, _batch_sizes(source), num_steps)),
+        **{mode: functools.partial(_plane_rate, _plane_sizes(config, n), num_steps) for mode, n in PLANES.items()},
         "loop": functools.partial(rate, functools.partial(_decode, reads, decoder)),
     }
     rates = _interleaved(works)
     for ours in ("BatchMaker", *PLANES):
         yield _line(f"JSONL → documents, {ours}", "rows/s", rates, ours, "pread and msgspec, same order", 0.8)
-    yield _amplification(source, reads)
+    yield _amplification(source, reads, num_steps)
 
 
 def _text_lines(config: Config) -> Iterator[FigureLine]:
     """Compare packed tokens with decoding and tokenizing the same rows in the same order."""
     source = open_source(config, Local())
-    reads = _recorded_reads(source)
+    num_steps = _steps_of_epoch(source)
+    reads = _recorded_reads(source, num_steps)
     decoder = msgspec.json.Decoder(TEXT_ROW)
-    tokenizer = load_tokenizer(make_tokenizer())
+    encode = gigatoken.Tokenizer.from_json(make_tokenizer().read_bytes()).backend.encode
     works: dict[str, Callable[[], float]] = {
-        "BatchMaker": functools.partial(rate, functools.partial(_serve_batches, source)),
-        **{mode: functools.partial(_plane_rate, config, workers) for mode, workers in PLANES.items()},
-        "loop": functools.partial(rate, functools.partial(_tokenize, reads, decoder, tokenizer)),
+        "BatchMaker": functools.partial(rate, functools.partial(_serve, _batch_sizes(source), num_steps)),
+        **{mode: functools.partial(_plane_rate, _plane_sizes(config, n), num_steps) for mode, n in PLANES.items()},
+        "loop": functools.partial(rate, functools.partial(_tokenize, reads, decoder, encode)),
     }
     rates = _interleaved(works)
     for ours in ("BatchMaker", *PLANES):
@@ -109,7 +113,7 @@ def _interleaved(works: dict[str, Callable[[], float]]) -> dict[str, list[float]
     """Return the rates of every loop; the loops take turns."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
-        work()  # Files and code are in memory afterwards.
+        work()  # Files and code are in memory afterwards, and the tokenizers know most words.
     for _ in range(ROUNDS):
         for name, work in works.items():
             rates[name].append(work())
@@ -123,35 +127,40 @@ def _line(what: str, unit: str, rates: dict[str, list[float]], ours: str, limit:
     return ratio(what, median_ratio * other, unit, limit, other, goal)
 
 
-def _serve_batches(source: Source) -> int:
-    """Serve all steps with a bare `BatchMaker`, in this thread; return the number of tokens or samples."""
+def _steps_of_epoch(source: Source) -> int:
+    """Return the steps of one epoch of the corpus."""
+    batch_items = source.planner.batch_schedule.size_at(0) * source.grid.stride
+    return int(source.layout.epoch_items().sum()) // batch_items
+
+
+def _batch_sizes(source: Source) -> Iterator[int]:
+    """Serve steps with a bare `BatchMaker`, in this thread; yield the number of tokens or samples of each."""
     maker = BatchMaker(source, BatchSlice(), audit=False)
     state = PlannerState.start(source.num_domains)
-    count = step = 0
-    while step < NUM_STEPS:
+    while True:
         plan, state = source.planner.plan(state, source.weights)
         for batch in maker.batches(plan, 0):
-            count += batch.tokens.size or len(batch.payloads or [])
-            step += 1
-    maker.close()
-    return count
+            yield batch.tokens.size or len(batch.payloads or [])
 
 
-def _plane_rate(config: Config, workers: int) -> float:
-    """Return tokens or samples per CPU second of the public `DataPlane`, after a warm-up."""
-    count = 0
+def _serve(sizes: Iterator[int], num_steps: int) -> int:
+    """Serve the next steps; return the number of tokens or samples."""
+    return sum(islice(sizes, num_steps))
+
+
+def _plane_sizes(config: Config, workers: int) -> Iterator[int]:
+    """Serve steps with the public `DataPlane`; yield the number of tokens or samples of each."""
     config = replace(config, dataplane=replace(config.dataplane, workers=workers))
     with DataPlane.open(config) as plane:
-        batches = iter(plane)
-        # A new tokenizer is slow until it has seen most words, which does not matter to a run.
-        for _ in range(WARM_UP_STEPS):
-            next(batches)
-        began_s = _cpu_s()
-        for batch in batches:
-            count += batch.tokens.size or len(batch.payloads or [])
-            if batch.step == WARM_UP_STEPS + NUM_STEPS - 1:
-                break
-        return count / (_cpu_s() - began_s)
+        for batch in plane:
+            yield batch.tokens.size or len(batch.payloads or [])
+
+
+def _plane_rate(sizes: Iterator[int], num_steps: int) -> float:
+    """Return tokens or samples per CPU second of the next steps."""
+    began_s = _cpu_s()
+    count = _serve(sizes, num_steps)
+    return count / (_cpu_s() - began_s)
 
 
 def _cpu_s() -> float:
@@ -175,19 +184,21 @@ def _decode(reads: Reads, decoder: "msgspec.json.Decoder[Any]") -> int:
     return count
 
 
-def _tokenize(reads: Reads, decoder: "msgspec.json.Decoder[Any]", tokenizer: Tokenizer) -> int:
-    """Decode and tokenize the rows of all reads; return the number of tokens."""
+def _tokenize(reads: Reads, decoder: "msgspec.json.Decoder[Any]", encode: Callable[[str], Any]) -> int:
+    """Decode and tokenize the rows of all reads, some hundred at a time; return the number of tokens."""
     count = 0
     pread = os.pread
     decode = decoder.decode
     for read in reads:
-        texts = [decode(pread(descriptor, size, first)).text for descriptor, first, size in read]
-        # The end of every document is a token too.
-        count += sum(map(len, tokenizer.encode_each(texts))) + len(texts)
+        for first in range(0, len(read), TOKENIZED_AT_ONCE):
+            rows = read[first : first + TOKENIZED_AT_ONCE]
+            texts = [decode(pread(descriptor, size, start)).text for descriptor, start, size in rows]
+            # The end of every document is a token too.
+            count += sum(map(len, map(encode, texts))) + len(texts)
     return count
 
 
-def _recorded_reads(source: Source) -> Reads:
+def _recorded_reads(source: Source, num_steps: int) -> Reads:
     """Return the rows that some steps read, in our order; the shards stay open."""
     reads: Reads = []
     root = Path(source.index.data_root)
@@ -201,16 +212,16 @@ def _recorded_reads(source: Source) -> Reads:
 
     ReadPlan.__init__ = record  # type: ignore[method-assign]
     try:
-        _serve_batches(source)
+        _serve(_batch_sizes(source), num_steps)
     finally:
         ReadPlan.__init__ = original  # type: ignore[method-assign]
     return reads
 
 
-def _amplification(source: Source, reads: Reads) -> FigureLine:
+def _amplification(source: Source, reads: Reads, num_steps: int) -> FigureLine:
     """Count the bytes that this process reads for every byte that it serves."""
     before = _bytes_read()
-    _serve_batches(source)
+    _serve(_batch_sizes(source), num_steps)
     served = sum(size for read in reads for _, _, size in read)
     return at_most("JSONL → documents, bytes read / served", (_bytes_read() - before) / served, "", "goal", 1.3)
 
