@@ -3,7 +3,8 @@
 Ours is measured three times: a bare `BatchMaker` in the calling thread, and the public `DataPlane` with a reading
 thread and with a reading process. All loops take turns, and a rate counts the CPU seconds of all processes. Every
 measurement is one epoch, so that it contains as many new windows of the shuffle as a long run. An epoch before them
-warms up: a new tokenizer is slow until it has seen most words.
+warms up: a new tokenizer is slow until it has seen most words. All threads and processes share one core, as in
+`bench peers`: where a reading thread changes between two cores, it loses their caches and needs 1.3 times the CPU time.
 """
 
 import functools
@@ -22,6 +23,7 @@ import msgspec
 from bench._corpus import make_rows, make_tokenizer
 from bench._figures import FigureLine, at_most, print_header, print_line, rate, ratio
 from bench._format_digests import SOURCE
+from bench._peers.process import use_one_core
 from bench._results import write_results
 from bench._row_loops import TEXT_ROW
 from mixtera_hpc.comm.communicator import Local
@@ -50,6 +52,7 @@ Reads = list[list[tuple[int, int, int]]]
 def main() -> None:
     """Measure, print and write all figures."""
     settings = corpus_settings(make_rows(NUM_ROWS))
+    use_one_core()
     print_header()
     lines: list[FigureLine] = []
     for line in [*_document_lines(compose([*settings, *DOCUMENTS])), *_text_lines(compose([*settings, *TEXT]))]:
