@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import balance_group
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
@@ -124,19 +123,17 @@ class StepContent:
 
 @dataclass(frozen=True, slots=True)
 class StepSequences:
-    """Sequences of several steps, sorted by domain and along its stream; shape (n,) each.
+    """Samples of several steps, sorted by domain and along its stream; shape (n,) each.
 
     Neighbours in a stream form a *run*: they share documents, so a run is read as one span.
     """
 
-    domain: Ints
     step_index: Ints
     """Position of the step among those read together."""
     row: Ints
     """Row of the batch that the sequence fills."""
-    run: Ints
-    """Number of the run, ascending from 0."""
-    number_in_run: Ints
+    run_domain: Ints
+    """Domain of each run; shape (num_runs,)."""
     run_starts: Ints
     """First item of each run in the stream of its domain; shape (num_runs,)."""
     run_stops: Ints
@@ -155,7 +152,6 @@ class StepSequences:
 
         first = np.flatnonzero(is_first)
         length = np.diff(np.append(first, len(order)))
-        run = np.cumsum(is_first) - 1
         # Batches of one ramp may have different sizes.
         sizes = np.array([len(content.domain_ids) for content in steps])
         step_index = np.repeat(np.arange(len(sizes)), sizes)[order]
@@ -163,22 +159,7 @@ class StepSequences:
         grid = source.grid
         starts = source.stream_version.origins[domain[first]] + sequence[first] * grid.stride
         stops = starts + (length - 1) * grid.stride + grid.length
-        return cls(domain, step_index, row, run, np.arange(len(order)) - first[run], starts, stops)
-
-    def spans(self, grid: SequenceGrid) -> tuple[Ints, Ints]:
-        """Return the items that each sequence covers; shape (n,) each."""
-        starts = self.run_starts[self.run] + grid.stride * self.number_in_run
-        return starts, starts + grid.length
-
-    @property
-    def run_domain(self) -> Ints:
-        """Domain of each run; shape (num_runs,)."""
-        return self.domain[np.flatnonzero(self.number_in_run == 0)]
-
-    def numbers(self, source: Source) -> Ints:
-        """Return the number of each sequence in the stream of its domain; shape (n,)."""
-        starts, _ = self.spans(source.grid)
-        return (starts - source.stream_version.origins[self.domain]) // source.grid.stride
+        return cls(step_index, row, domain[first], starts, stops)
 
 
 def _stream_order(domain: Ints, sequence: Ints) -> NDArray[np.intp]:
