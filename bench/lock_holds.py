@@ -4,10 +4,11 @@
     python -m bench.lock_holds --only tokens many
 
 A thread makes batches as the reading thread of a rank does, while the main thread asks for the lock every 50 µs and
-does nothing else. Counted is the time in which the reading thread was on a core, so that other load does not matter.
-Printed are the number of batches, how many waits took more than 1 ms, the longest, and where the reading thread was.
-Such a wait is a call that keeps the lock, a garbage collection in it, or many short calls that give the lock up and get
-it back before the waiting thread has woken, as positioned reads do. Writes bench/out/lock_holds.json.
+does nothing else. A wait counts the time in which the reading thread was on a core, so that other load does not matter.
+The table has the number of batches, the number of waits of more than 1 ms, the longest, and where the reading thread
+was. The cause of such a wait is a call that holds the lock, a garbage collection in it, or many short calls. Short
+calls, such as positioned reads, give the lock up and get it back before the waiting thread has woken. Writes
+bench/out/lock_holds.json.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 A step of the trainer is 25 pieces of pure Python of 1 ms each, or 15,000 operations on small tensors. While it runs,
 the plane reads the batches of the next steps: 65,536 tokens of text, or 256 samples of 1 kB. Steps without a plane,
 with a reading thread and with a reading process take turns; before each turn, the planes of others come to rest.
-Compared are the times of pieces, without the time that the trainer waits for data. They do not contain the time in
-which the thread could run and had no core, so that they show the same on a machine with other load.
+The times of pieces are compared, without the time that the trainer waits for data. They do not contain the time in
+which the thread could run and had no core, so that they are the same on a machine with other load.
 
 Steps without a plane have two turns in each round. The ratio of the two is the noise of the measurement. *p99 ratio* is
 the median over all rounds of the ratio of p99, *pooled* the ratio of the p99 of all pieces of all rounds. A reading

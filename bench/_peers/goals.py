@@ -25,7 +25,7 @@ class Goal:
     other: str
     """Name of the other system, or one of the names above."""
     bound: float | None
-    """None: the ratio shows how much a goal can ask for."""
+    """The bound; None for a ratio that shows how much a goal can ask for."""
     of: str = ""
     """Name of the system that is compared; empty for the first of the section."""
     is_cost: bool = False

@@ -127,7 +127,7 @@ class BatchWait:
         self._feed.finish()
 
     def _may_hand_out(self, next_step: int, has_unfinished: bool) -> bool:
-        """Return whether no other rank waits for the batch that this rank holds."""
+        """Return True if no other rank waits for the batch that this rank holds."""
         agreement = self._agreement
         return not agreement.has_peers or agreement.covers(next_step) or agreement.is_released(has_unfinished)
 

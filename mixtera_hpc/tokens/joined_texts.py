@@ -2,8 +2,8 @@
 
 A byte-level BPE cuts a text at special tokens before everything else, and encodes what lies between them by itself. So
 the tokens of a document do not depend on its neighbours, and the borders are found in the result. Price: a copy of the
-texts and a search of the tokens, 0.3 µs per kB. A call per document costs 1 µs more for each, and leaves arrays that
-have to be joined.
+texts and a search of the tokens, 0.3 µs per kB. A call per document would cost 1 µs more for each, and leave arrays
+that have to be joined.
 """
 
 import json
@@ -20,7 +20,7 @@ __all__ = ["BORDER", "Encode", "EncodedDocuments", "JoinedTexts", "with_border"]
 BORDER = "\x1dmixtera-hpc: border of documents\x1e"
 """The text of the special token. It begins with a character that is rare in texts."""
 MAX_JOINED_CHARACTERS = 1 << 20
-"""Characters of documents that are joined: the copy and the tokenizer hold Python's lock, for up to 6 ms."""
+"""Most characters that are joined. The copy and the tokenizer hold the interpreter's lock, for up to 6 ms."""
 _PROBES = ["", " ", "  a", "a  ", "\n", "\n\nThe", "'s", "12", "\u0301e\u0301", "\u00a0", "漢字", "🙂", "\r\n/", "a"]
 """Texts whose tokens would depend on their neighbours if borders did not cut the text."""
 
@@ -59,7 +59,7 @@ def with_border(definition: bytes, border_id: int) -> bytes | None:
 
 
 class JoinedTexts:
-    """Encodes documents together."""
+    """An encoder of many documents in one call."""
 
     def __init__(self, encode: Encode, border_id: int, added: AddedTokens) -> None:
         """Take a function that encodes a text with borders.

@@ -34,7 +34,7 @@ class Slots:
     ordinal: Ints
     """Served number: position among the sequences that its domain serves, counted from the start of the run."""
     sequence: Ints | None = None
-    """Number in the stream of the domain; None if `LaneOrder.sequence` has to tell it."""
+    """Number in the stream of the domain; None if `LaneOrder.sequence` has to compute it."""
 
     def select(self, chosen: NDArray[np.intp] | slice) -> "Slots":
         """Return some of the sequences."""

@@ -1,7 +1,7 @@
 """From a chunk plan to one rank's batches: which sequences, which documents, which tokens.
 
-Several steps are read together, domain by domain, so that neighbouring sequences of a stream need one lookup and one
-read of the document they share.
+The documents of several steps are looked up and read together, so that a document which two of their sequences share is
+read once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -60,7 +60,7 @@ class Documents:
 
     @cached_property
     def wanted_stops(self) -> Ints:
-        """Items that are wanted of all documents up to each one."""
+        """Sum of the wanted items of each document and those before it."""
         return np.cumsum(self.wanted)
 
     @cached_property

@@ -25,7 +25,7 @@ class _EndOfData:
 
 
 class Prefetcher:
-    """Makes batches in a daemon thread, between a queue of plans and a queue of batches.
+    """A daemon thread that makes batches, between a queue of plans and a queue of batches.
 
     A third queue holds one token for every batch that there is room for. The queues are those without Python code: the
     trainer's thread takes a batch in a microsecond, and no thread polls.

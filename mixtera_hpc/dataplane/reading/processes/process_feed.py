@@ -2,8 +2,8 @@
 
 The content of batches is in shared memory, so a message has a few kilobytes. A thread that received them would need the
 interpreter lock for each, and each side would wait for the other one for up to 5 ms when the trainer runs Python code.
-Here, nothing of the rank runs between two calls of the trainer. Price: 0.1 ms of the trainer's thread for each answer,
-which has the batches of several steps.
+Here, no thread of the rank works on batches between two calls of the trainer. Price: 0.1 ms of the trainer's thread for
+each answer, which has the batches of several steps.
 """
 
 import queue
@@ -22,7 +22,7 @@ class ProcessFeed:
     """A `BatchFeed` of reading processes. Not thread-safe."""
 
     def __init__(self, workers: Workers, prefetch_batches: int) -> None:
-        """Take batches from `workers`; `advance` holds up to `prefetch_batches`, and those of one answer more."""
+        """Take batches from `workers`; `advance` holds up to `prefetch_batches` and those of one more answer."""
         self._workers = workers
         self.places = workers.places
         self._prefetch_batches = prefetch_batches
@@ -35,7 +35,7 @@ class ProcessFeed:
         """The error that ended the reading."""
         self._is_last_plan = False
         self._starter: threading.Thread | None = None
-        """Sends the source and the first plan, which the processes take when they have started."""
+        """The thread that sends the source and the first plan, which the processes take when they have started."""
 
     def submit(self, plan: ChunkPlan, first_step: int) -> None:
         """Take a plan; its steps before `first_step` are skipped."""
@@ -47,7 +47,7 @@ class ProcessFeed:
         self._plans.append((plan, first_step))
 
     def get(self, timeout_s: float) -> Batch | None:
-        """Return the next batch, or None after the end of the data, however often one asks.
+        """Return the next batch, or None in every call after the end of the data.
 
         Raises:
             queue.Empty: no batch is ready within `timeout_s`.

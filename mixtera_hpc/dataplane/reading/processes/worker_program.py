@@ -29,13 +29,13 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 """Parameters of glibc's `mallopt`."""
 NO_TOKENS = TokenArrays(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.bool_))
-"""Stand for the arrays of a batch that is in shared memory."""
+"""Placeholders for the arrays of a batch that is in shared memory."""
 IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 """Slurm and terminals send these to every process of a job; the rank alone decides what they mean."""
 
 # Plain tuples: a class of this module would have another module name in the process, whose program this file is.
 RangeRequest = tuple[range, dict[int, int]]
-"""Steps whose batches are ordered, and step → slot of the shared memory for its batch."""
+"""Steps whose batches are requested, and step → slot of the shared memory for its batch."""
 RangeAnswer = tuple[list[Batch], Exception | None]
 """The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
 samples: for each batch follow the number of its pickles, and these, with some samples each."""

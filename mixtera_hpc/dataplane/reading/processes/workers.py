@@ -86,7 +86,7 @@ class _Worker(NamedTuple):
     process: "subprocess.Popen[bytes]"
     pipe: Connection
     poll: "select.poll"
-    """Tells whether the process has sent something; `Connection.poll` takes ten times as long."""
+    """The answer whether the process has sent something; `Connection.poll` takes ten times as long."""
     place: ReadPlace
     memory: BatchMemory | None
     """For its batches; None if these hold samples."""
@@ -132,7 +132,7 @@ class Workers:
             yield from self.receive()
 
     def begin(self, plan: ChunkPlan, first_step: int) -> None:
-        """Order the batches of a plan, from training step `first_step` on; the processes are idle.
+        """Request the batches of a plan, from training step `first_step` on; the processes are idle.
 
         Raises:
             DataError: a process has died.

@@ -35,9 +35,10 @@ AHEAD_PER_LANE = 1.5
 """The same for a process that decodes for itself, which keeps only rows that are needed; in the size of blocks."""
 
 LANES_PER_NODE = 4
-"""With so many lanes per node, nodes that divide a lane decode a quarter twice. More lanes need more memory."""
+"""Lanes per node that are proposed. Then a quarter of all units is decoded twice, by nodes that divide a lane. More
+lanes need more memory."""
 CLEARLY_LESS = 0.8
-"""Factor on the decoded bytes from which on another number of lanes is worth naming."""
+"""Another number of lanes is proposed if at most this part of the bytes is decoded with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

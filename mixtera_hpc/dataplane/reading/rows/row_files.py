@@ -33,8 +33,9 @@ class _OpenFile:
 class RowFiles:
     """Open files, by number of the shard.
 
-    Reads of many rows go through the same files again and again, in ascending order. Where too many are open, a file
-    that the last two of these reads did not use is closed, or else the one that was used last: its turn comes latest.
+    Reads of many rows go through the same files again and again, in ascending order. If too many are open, a file that
+    the last two of these reads did not use is closed. If there is none, the most recently used file is closed, because
+    it is needed again after all others.
     """
 
     def __init__(self, data_root: str, paths: Sequence[str], max_open: int) -> None:
@@ -155,7 +156,7 @@ class RowFiles:
         return descriptor
 
     def _close_one(self, *, is_in_turn: bool = False) -> None:
-        """Close the file that was not used for longest, or, if all are read in turn, the one that was used last."""
+        """Close the least recently used file, or, if all are read in turn, the most recently used one."""
         oldest = next(iter(self._open.values()))
         are_all_in_use = oldest.last_use >= self._num_calls - 1
         _, file = self._open.popitem(last=is_in_turn and are_all_in_use)

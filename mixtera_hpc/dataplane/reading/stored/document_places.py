@@ -29,7 +29,7 @@ __all__ = ["DocumentPlaces", "Places"]
 
 Ints = NDArray[np.int64]
 UNKNOWN = -1
-"""Stands for the missing tokens of a document that was not located."""
+"""The number of missing tokens of a document that was not located."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Places:
 
 
 class DocumentPlaces:
-    """Finds documents in shards and token stores. Not thread-safe."""
+    """The places of documents in shards and token stores. Not thread-safe."""
 
     def __init__(self, source: Source, is_stored: NDArray[np.bool_], files: MappedFiles) -> None:
         """Locate nothing yet.

@@ -1,7 +1,7 @@
 """From documents to tokens for shards that hold token ids: one pass over all documents of a read.
 
-The place of every document is known from the first read of its window (`document_places`). What is wanted is computed
-for all documents at once; then their tokens are copied, output by output (`token_copy`).
+The places of all documents of a window are found when the first of them is read (`document_places`). The wanted tokens
+of all documents are computed at once, and then copied, output by output (`token_copy`).
 Price: about 0.05 µs per document beside the copy, however many shards the documents lie in.
 """
 

@@ -3,6 +3,7 @@
 Texts are read in disk order and encoded in the order in which they are served. So the tokens of most sequences follow
 each other in memory, and are copied to the batches as those of stored documents are (`stored.token_copy`). Documents in
 which a later sequence begins stay in memory.
+
 Price: beside reading, decoding and encoding about 0.3 µs per document.
 """
 
@@ -38,7 +39,7 @@ Tokens = NDArray[np.uint32]
 
 
 class TextGather:
-    """Reads documents of text as tokens. Not thread-safe: one per reading thread."""
+    """A reader of documents of text as tokens. Not thread-safe: one per reading thread."""
 
     def __init__(self, source: Source, rows: RowReader) -> None:
         """Read nothing yet; `rows` reads the texts."""
