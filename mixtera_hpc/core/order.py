@@ -137,7 +137,7 @@ class ShuffleOrder:
 
 
 def _ascending(words: NDArray[np.uint64]) -> Ints:
-    """Return the order of words. Equal ones keep their order; they hardly ever occur."""
+    """Return the positions of words in ascending order. Equal words, which are very rare, keep their order."""
     order = np.argsort(words)
     ordered = words[order]
     # A stable sort takes four times as long.

@@ -145,7 +145,7 @@ class RunRecorder:
         """
         # Metrics count training steps, plans count data steps.
         step = source.stream_version.step_at(plan.first_step)
-        # Without a tracker, and on other ranks than 0, nobody wants what the event holds.
+        # Without a tracker, and on other ranks than 0, the event is not recorded.
         if not isinstance(self._tracker, NullTracker):
             self._tracker.log("mixture", self._mixture_event(step, plan, source) | self._learning.fields(learning))
         self._report_problem(step, learning)

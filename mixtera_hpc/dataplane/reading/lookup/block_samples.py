@@ -75,7 +75,7 @@ class BlockSamples:
         missing = np.unique(blocks[self._rank[blocks] < 0])
         if not len(missing):
             return
-        # Blocks are about alike.
+        # Blocks have about the same size.
         sample_bytes = self.num_bytes / len(self.columns) if len(self.columns) else self.columns.row_bytes
         more_bytes = int(self._rows[missing].sum(dtype=np.int64)) * sample_bytes
         if self.num_bytes + more_bytes > self._max_bytes and len(self.columns):

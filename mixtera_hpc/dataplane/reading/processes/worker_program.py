@@ -38,7 +38,7 @@ RangeRequest = tuple[range, dict[int, int]]
 """Steps whose batches are requested, and step → slot of the shared memory for its batch."""
 RangeAnswer = tuple[list[Batch], Exception | None]
 """The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
-samples: for each batch follow the number of its pickles, and these, with some samples each."""
+samples. They are sent after the answer: for each batch the number of its pickles, then the pickles."""
 
 
 def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
@@ -73,7 +73,7 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
 
 
 def _end_with_rank(rank_pid: int) -> None:
-    """Exit when the rank has ended: a read that hangs never comes back to the pipe, which would say so."""
+    """Exit when the rank has ended. The closed pipe would show it, but a read that hangs never returns to the pipe."""
     while os.getppid() == rank_pid:
         time.sleep(RANK_POLL_S)
     os._exit(1)
@@ -113,7 +113,7 @@ def _make_batches(
 
 
 def _pickled(samples: list[Any]) -> list[bytes]:
-    """Return the samples of a batch, some in every pickle.
+    """Return the samples of a batch, `SAMPLES_PER_PICKLE` in every pickle.
 
     Raises:
         DataError: a user's function returned what cannot be pickled.

@@ -86,7 +86,7 @@ class _Worker(NamedTuple):
     process: "subprocess.Popen[bytes]"
     pipe: Connection
     poll: "select.poll"
-    """The answer whether the process has sent something; `Connection.poll` takes ten times as long."""
+    """A poll object that knows whether the process has sent something; `Connection.poll` takes ten times as long."""
     place: ReadPlace
     memory: BatchMemory | None
     """For its batches; None if these hold samples."""

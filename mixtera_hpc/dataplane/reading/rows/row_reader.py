@@ -110,7 +110,7 @@ class RowReader:
         return self._joined(reads, chosen, documents)
 
     def _joined(self, reads: list[ReadRows], chosen: list[NDArray[np.intp]], documents: Documents) -> ReadRows:
-        """Return all rows of reads of some of the documents each; decoded, unless all have the same decoder."""
+        """Join the reads of `chosen` documents. Decode their rows, unless all reads have the same decoder."""
         positions = np.concatenate(
             [np.zeros(0, np.intp), *(own[read.positions] for read, own in zip(reads, chosen, strict=True))]
         )

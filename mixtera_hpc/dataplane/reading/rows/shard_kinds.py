@@ -20,7 +20,7 @@ class ShardKinds:
     """How each shard is read, as far as it is known."""
 
     def __init__(self, formats: Sequence[str], texts: Sequence[str | None]) -> None:
-        """Know nothing yet.
+        """Begin without a known shard.
 
         Args:
             formats: name of the format of each shard.

@@ -29,7 +29,7 @@ __all__ = ["DocumentPlaces", "Places"]
 
 Ints = NDArray[np.int64]
 UNKNOWN = -1
-"""The number of missing tokens of a document that was not located."""
+"""The value of `missing` for a document that was not located."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class DocumentPlaces:
             files: the shards, and behind them the token stores.
 
         Raises:
-            DataError: a store has changed since rank 0 has checked it.
+            DataError: a store has changed since rank 0 checked it.
         """
         self._source = source
         self._is_stored = is_stored

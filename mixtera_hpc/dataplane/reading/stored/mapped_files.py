@@ -71,7 +71,7 @@ class FilesMemory:
 
 
 class MappedFiles:
-    """Maps files when they are first needed, and unmaps those that were not used for longest. Not thread-safe."""
+    """Files that are mapped when they are first needed; the least recently used are unmapped. Not thread-safe."""
 
     def __init__(self, num_files: int, map_file: Callable[[int], NDArray[Any]]) -> None:
         """Map nothing yet.

@@ -26,11 +26,11 @@ from mixtera_hpc.dataplane.watchdog.progress import PACK, TOKENIZE
 __all__ = ["TextGather", "row_keys"]
 
 KEPT_BYTES = 32 << 20
-"""Tokens of documents that stay in memory, because a later sequence begins inside them."""
+"""Most bytes of documents that stay in memory, because a later sequence begins inside them."""
 FIRST_TOKENS = 1 << 16
-"""Tokens for which memory is allocated at first."""
+"""Tokens for which memory is allocated at the beginning."""
 MAX_TOKENS = 1 << 24
-"""Tokens for which memory is kept after a read."""
+"""Most tokens for which memory stays allocated after a read."""
 TOKENS_PER_CALL = 1 << 13
 """Tokens that one call encodes. It holds the interpreter's lock, for about 0.2 ms."""
 
@@ -54,7 +54,7 @@ class TextGather:
         """Return the wanted tokens of documents, special tokens included, ready to be copied.
 
         Tokens of conversations have the bit `NOT_TRAINED` where they are not trained. A document that occurs twice is
-        read once. They must be copied before the next call, which uses the same memory.
+        read once. Copy the tokens before the next call, which uses the same memory.
 
         Args:
             documents: their parts follow each other in the outputs.
