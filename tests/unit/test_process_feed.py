@@ -93,6 +93,29 @@ def test_a_killed_process_is_reported_after_its_batches_and_again(collection: li
     feed.close()
 
 
+class InterruptedWorkers(Workers):
+    """Reading processes whose rank is interrupted by the user after the first batch of an answer."""
+
+    def receive(self) -> Iterator[Batch]:
+        yield next(super().receive())
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_inside_an_answer_loses_no_batch_silently(collection: list[str]) -> None:
+    source = open_source(compose([*collection, *WORDS]), Local())
+    feed = ProcessFeed(InterruptedWorkers(source, BatchSlice(), 1), prefetch_batches=2)
+    feed.submit(next(plans_of(source)), 0)
+    with pytest.raises(KeyboardInterrupt):
+        taken(feed)
+    first = feed.get(0.0)
+    assert first is not None
+    assert first.step == 0
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            feed.get(0.0)
+    feed.close()
+
+
 def test_no_thread_of_the_rank_receives_batches(collection: list[str]) -> None:
     before = set(threading.enumerate())
     words = [*collection, *WORDS, "dataplane.workers=1", "dataplane.watchdog_s=0"]

@@ -6,10 +6,12 @@ Here, no thread of the rank works on batches between two calls of the trainer. P
 each answer, which has the batches of several steps.
 """
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch
@@ -31,7 +33,7 @@ class ProcessFeed:
         self._ready: deque[Batch] = deque()
         self._has_ended = False
         """True if no batch follows after `_ready`."""
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         """The error that ended the reading."""
         self._is_last_plan = False
         self._starter: threading.Thread | None = None
@@ -51,7 +53,7 @@ class ProcessFeed:
 
         Raises:
             queue.Empty: no batch is ready within `timeout_s`.
-            Exception: the error that ended the reading, in every call from then on.
+            BaseException: the error or interrupt that ended the reading, in every call from then on.
         """
         if not self._ready:
             self._take(timeout_s)
@@ -94,12 +96,10 @@ class ProcessFeed:
         if self._workers.is_idle:
             time.sleep(timeout_s)
         elif self._workers.can_receive(timeout_s):
-            try:
-                # The batches before an error are served.
+            # The batches before an error are served.
+            with self._ends_with_error():
                 for batch in self._workers.receive():
                     self._ready.append(batch)
-            except Exception as error:
-                self._fail(error)
             self._send_plan()
 
     def _has_started(self, timeout_s: float) -> bool:
@@ -123,12 +123,19 @@ class ProcessFeed:
                 return
 
     def _begin(self, plan: ChunkPlan, first_step: int) -> None:
-        try:
+        with self._ends_with_error():
             self._workers.begin(plan, first_step)
-        except Exception as error:
-            self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
-        """End with an error, which `get` raises after the batches before it."""
-        self._error = error
-        self._has_ended = True
+    @contextlib.contextmanager
+    def _ends_with_error(self) -> Iterator[None]:
+        """End the reading if there is an error, which `get` raises after the batches before it.
+
+        An interrupt (KeyboardInterrupt) ends it, too: half a message may be in a pipe, and batches may be lost.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._error = error
+            self._has_ended = True
+            if not isinstance(error, Exception):
+                raise
