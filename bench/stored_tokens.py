@@ -6,8 +6,8 @@ Seven domains in SlimPajama's proportions, documents of 250 tokens on average, s
 The same documents are stored in 7 and in 420 shards, all in the page cache. The gather gets the place of every document
 in one array in memory, and makes the tokens, the document of each token and the loss mask. With `shuffle=sequence`, a
 loop of one copy per sequence is the limit. Megatron-core makes one sequence at a time, without the document of each
-token. All figures are CPU times of one process, medians of interleaved
-rounds. Prints a table and writes bench/out/stored_tokens.json.
+token. All figures are CPU times of one process, medians of interleaved rounds. Prints a table and writes
+bench/out/stored_tokens.json.
 """
 
 import functools

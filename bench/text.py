@@ -1,10 +1,13 @@
 """Documents and packed tokens of plain JSONL, next to bare loops over the same rows in the same shuffled order.
 
+    python -m bench text
+
 Ours is measured three times: a bare `BatchMaker` in the calling thread, and the public `DataPlane` with a reading
 thread and with a reading process. All loops take turns, and a rate counts the CPU seconds of all processes. Every
-measurement is one epoch, so that it contains as many new windows of the shuffle as a long run. An epoch before them
-warms up: a new tokenizer is slow until it has seen most words. All threads and processes share one core, as in
-`bench peers`: where a reading thread changes between two cores, it loses their caches and needs 1.3 times the CPU time.
+measurement is one epoch, so that it contains as many new windows of the shuffle as a long run. One epoch before the
+measurements warms up: a new tokenizer is slow until it has seen most words. All threads and processes share one core,
+as in `bench peers`. Where a reading thread moves between two cores, it loses their caches and needs 1.3 times the CPU
+time.
 """
 
 import functools

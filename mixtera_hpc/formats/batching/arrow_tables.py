@@ -23,8 +23,8 @@ __all__ = ["TableBatcher", "column_at", "first_key", "payloads_of", "rows_of", "
 
 ROWS_AT_ONCE = 64
 TEXTS_AT_ONCE = 256
-"""Rows and texts that one call of Arrow converts to Python objects. It keeps the interpreter's lock, and a row group
-may have 100,000 rows, for which the trainer's thread would wait for a tenth of a second."""
+"""Rows and texts that one call of Arrow converts to Python objects. The call holds the interpreter's lock. For a row
+group of 100,000 rows, the trainer's thread would wait a tenth of a second."""
 
 # Types without views; the large ones have 64-bit offsets, so that any column can be converted.
 _PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}

@@ -143,7 +143,7 @@ class Workers:
         self._num_received = 0
         for number in range(len(self._workers)):
             self._send(number, plan)
-        self._order_ahead()
+        self._request_ahead()
 
     def can_receive(self, timeout_s: float) -> bool:
         """Return True if a process answers within `timeout_s`, so that `receive` does not wait for a read."""
@@ -156,7 +156,7 @@ class Workers:
         batches, error = answer
         _, slots = self._requests[self._num_received]
         self._num_received += 1
-        self._order_ahead()
+        self._request_ahead()
         for batch in batches:
             yield self._completed(batch, slots.pop(batch.step, None), number)
         if error is not None:
@@ -182,7 +182,7 @@ class Workers:
         """Number of the process that answers next."""
         return self._num_received % len(self._workers)
 
-    def _order_ahead(self) -> None:
+    def _request_ahead(self) -> None:
         """Keep every process `RANGES_AHEAD` step ranges ahead of the batches that come next."""
         count = len(self._workers)
         for steps in self._ranges[len(self._requests) : self._num_received + RANGES_AHEAD * count]:
