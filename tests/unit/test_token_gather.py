@@ -193,6 +193,31 @@ def test_more_shards_than_files_that_may_be_mapped(overrides: list[str], tmp_pat
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_two_readers_share_the_file_descriptors(overrides: list[str], tmp_path: Path) -> None:
+    """A rank may read the data held out beside the training data."""
+    for number in range(3, 90):
+        write_documents(tmp_path / f"data/{number}", number, TYPES[number % 2], count=4)
+    config = compose([*overrides, "mixture.group_by=[]"])
+    build_index(config)
+    source = open_source(config, Local())
+    documents = source.streams().documents(0, 0, int(source.layout.epoch_items()[0]))
+    sizes = [int(documents.wanted.sum())]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Python numbers descriptors from the lowest free one on.
+    with open(os.devnull) as lowest_free:  # noqa: PTH123
+        num_open = lowest_free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * num_open + 40, hard))
+    try:
+        with contextlib.closing(DocumentReader(source)) as first, contextlib.closing(DocumentReader(source)) as second:
+            tokens = [np.zeros(sizes, np.uint32) for _ in range(2)]
+            for reader, output in zip((first, second), tokens, strict=True):
+                reader.prepare(documents, sizes).write(0, output)
+            assert tokens[0].any()
+            assert (tokens[0] == tokens[1]).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Path) -> None:
     config = compose(overrides)
     build_index(config)

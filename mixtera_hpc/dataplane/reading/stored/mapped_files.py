@@ -27,11 +27,13 @@ MAX_MAPPED_FILES = 1 << 14
 
 
 def max_mapped_files() -> int:
-    """Return how many files may stay mapped: each holds a file descriptor, and half of the limit is left to others."""
+    """Return how many files one reader keeps mapped: each holds a file descriptor."""
+    # As for open shards: half of the descriptors are left to others, the other half is for two readers, one of the
+    # training data and one of the data held out.
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft_limit == resource.RLIM_INFINITY:
         return MAX_MAPPED_FILES
-    return min(max(soft_limit // 2, 1), MAX_MAPPED_FILES)
+    return min(max(soft_limit // 4, 1), MAX_MAPPED_FILES)
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
