@@ -64,11 +64,14 @@ def check_encode_each_equals_encode_batch(tokenizer: Tokenizer) -> None:
 def check_encode_documents_adds_special_tokens(tokenizer: Tokenizer) -> None:
     """Check that `encode_documents` returns the tokens of `encode_each`, with `added` at both ends of a document."""
     added = tokenizer.added
-    for documents in ([], [""], ["", " a", "b "], DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS]):
+    for documents in ([], [""], ["", ""], ["", " a", "b "], DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS]):
         expected = [[*added.before, *ids.tolist(), *added.after] for ids in tokenizer.encode_each(documents)]
         lengths = np.array([len(ids) for ids in expected], np.int64)
-        # Sizes that are wrong do not matter.
-        for hint in (None, lengths, lengths + 1, np.flip(lengths)):
+        # Sizes that are wrong do not matter, also if they add up.
+        shifted = lengths.copy()
+        shifted[:1] -= 1
+        shifted[1:2] += 1
+        for hint in (None, lengths, lengths + 1, np.flip(lengths), shifted):
             tokens, starts, sizes = tokenizer.encode_documents(documents, hint)
             each = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
             assert each == expected

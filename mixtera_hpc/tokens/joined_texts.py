@@ -102,6 +102,9 @@ class JoinedTexts:
 
     def _expected_borders(self, is_border: NDArray[np.bool_], sizes: Ints) -> Ints | None:
         """Return the positions of the borders before each document and at the end, if documents have these sizes."""
+        # With smaller sizes, a border could count twice.
+        if (sizes < len(self._added)).any():
+            return None
         # Without special tokens, documents have a border between them all the same.
         steps = sizes - len(self._added) + self._num_borders
         first = np.append(0, np.cumsum(steps))

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.lanes import ServedPart
 from mixtera_hpc.core.repeats.epoch_rows import epoch_rows
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.lookup import repeated_epochs
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
 
 COLUMNS = ("block", "row", "first", "last", "size", "offset", "length")
@@ -64,6 +67,22 @@ def test_documents_are_those_of_every_epoch(source: Source, monkeypatch: pytest.
     streams = source.streams()
     for _ in range(2):
         assert_same(streams.documents_of_spans(*spans(source)), expected.documents_of_spans(*spans(source)))
+
+
+def test_a_damaged_domain_is_refused_every_time(source: Source) -> None:
+    """A read that fails is repeated step by step."""
+    read = source.make_block_reader()
+
+    def wrong(blocks: NDArray[np.int32]) -> SampleColumns:
+        columns = read(blocks)
+        return replace(columns, tokens=columns.tokens + 1)
+
+    streams = DomainStreams(source.layout, wrong, source.domain_of)
+    domain = source.layout.epoch_items().argmin()
+    span = np.array([domain]), np.array([0]), 3 * source.layout.epoch_items()[[domain]]
+    for _ in range(2):
+        with pytest.raises(DataError, match="the index file is damaged"):
+            streams.documents_of_spans(*span)
 
 
 def test_dropped_samples_are_left_out(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,10 @@ class RepeatedEpochs:
         """Return the number of the window of a group of epochs; build it if it is not in memory."""
         number = self._windows.get((domain, group))
         if number is None:
-            number = self._windows[domain, group] = len(table)
+            number = len(table)
             self._build(table, domain, group)
+            # Only now: a group that cannot be built must not be found by the next read.
+            self._windows[domain, group] = number
         return number
 
     def _build(self, table: WindowTable, domain: int, group: int) -> None:
