@@ -89,13 +89,14 @@ class SegmentOrder:
         # Short spans are served together, so that numpy works on long arrays. A long one is served in pieces.
         total = (spans[:, 1] - spans[:, 0]).cumsum()
         borders = np.flatnonzero(np.diff(total // MAX_PIECE)) + 1
-        for some, counts in zip(np.split(spans, borders), np.split(before, borders), strict=True):
-            if len(some) > 1 or some[0, 1] - some[0, 0] <= MAX_PIECE:
-                orders += self._serve(some, counts)
+        for together, counts in zip(np.split(spans, borders), np.split(before, borders), strict=True):
+            begin, end = together[0].tolist()
+            if len(together) > 1 or end - begin <= MAX_PIECE:
+                orders += self._serve(together, counts)
                 continue
             pieces = []
-            for begin in range(int(some[0, 0]), int(some[0, 1]), MAX_PIECE):
-                piece = self._serve(np.array([[begin, min(begin + MAX_PIECE, int(some[0, 1]))]]), counts)[0]
+            for first in range(begin, end, MAX_PIECE):
+                piece = self._serve(np.array([[first, min(first + MAX_PIECE, end)]]), counts)[0]
                 counts = counts + np.bincount(piece, minlength=counts.shape[1])
                 pieces.append(piece)
             orders.append(np.concatenate(pieces))

@@ -59,7 +59,7 @@ class Prefetcher:
             Exception: the error that ended the thread, in every call from then on.
         """
         # After the end the queue stays empty: waiting for it would be for ever.
-        item = self._end or self._ready.get(timeout=timeout_s)
+        item = self._ready.get(timeout=timeout_s) if self._end is None else self._end
         if isinstance(item, Batch):
             self._room.put(None)
             return with_samples(item)

@@ -71,9 +71,9 @@ def concatenated_ranges(first: NDArray[np.integer[Any]], count: NDArray[np.integ
 def search(values: Ints, keys: Ints, side: Literal["left", "right"]) -> Ints:
     """Return `np.searchsorted`. Keys in ascending order are found twice as fast, because they are near each other."""
     order = np.argsort(keys)
-    found = np.empty(len(keys), np.int64)
-    found[order] = np.searchsorted(values, keys[order], side=side)
-    return found
+    positions = np.empty(len(keys), np.int64)
+    positions[order] = np.searchsorted(values, keys[order], side=side)
+    return positions
 
 
 def narrow_type(maximum: int) -> np.dtype[Any]:

@@ -25,7 +25,7 @@ from mixtera_hpc.dataplane.watchdog.progress import PACK, TOKENIZE
 
 __all__ = ["TextGather", "row_keys"]
 
-KEPT_BYTES = 32 << 20
+REMEMBERED_BYTES = 32 << 20
 """Most bytes of documents that stay in memory, because a later sequence begins inside them."""
 FIRST_TOKENS = 1 << 16
 """Tokens for which memory is allocated at the beginning."""
@@ -45,9 +45,9 @@ class TextGather:
         """Read nothing yet; `rows` reads the texts."""
         self._source = source
         self._rows = rows
-        self._kept: OrderedDict[int, Tokens] = OrderedDict()
+        self._remembered: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
-        self._kept_bytes = 0
+        self._remembered_bytes = 0
         self._memory = _TokenMemory()
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
@@ -79,7 +79,7 @@ class TextGather:
             end=np.maximum.reduceat(documents.last[disk_order], first),
         )
         starts = self._read(read)
-        self._keep(read, starts)
+        self._remember(read, starts)
 
         number = np.empty_like(disk_order)
         number[disk_order] = np.cumsum(is_first) - 1
@@ -94,12 +94,14 @@ class TextGather:
         starts = np.empty(len(read.keys), np.int64)
         is_unread = np.ones(len(starts), np.bool_)
         cut = np.flatnonzero((read.begin > 0) | (read.end < documents.size))
-        kept = [number for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True) if key in self._kept]
-        if kept:
-            tokens = [self._kept[key] for key in read.keys[kept].tolist()]
-            stops = np.cumsum(documents.size[kept])
-            starts[kept] = memory.append(np.concatenate(tokens)) + stops - documents.size[kept]
-            is_unread[kept] = False
+        known = [
+            number for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True) if key in self._remembered
+        ]
+        if known:
+            tokens = [self._remembered[key] for key in read.keys[known].tolist()]
+            stops = np.cumsum(documents.size[known])
+            starts[known] = memory.append(np.concatenate(tokens)) + stops - documents.size[known]
+            is_unread[known] = False
         unread = np.flatnonzero(is_unread)
         if len(unread):
             texts = documents if len(unread) == len(starts) else documents.select(unread)
@@ -145,20 +147,23 @@ class TextGather:
         of_documents[order] = starts
         return of_documents
 
-    def _keep(self, read: "_DistinctDocuments", starts: Ints) -> None:
-        """Keep the tokens of documents in which later sequences begin, and forget the oldest ones beyond the budget."""
+    def _remember(self, read: "_DistinctDocuments", starts: Ints) -> None:
+        """Copy the tokens of documents in which later sequences begin, and forget the oldest ones beyond the budget."""
         sizes = read.documents.size
         chosen = np.flatnonzero(read.end < sizes)
         begins = starts[chosen]
         stops = begins + sizes[chosen]
         tokens = self._memory.tokens
         for key, begin, stop in zip(read.keys[chosen].tolist(), begins.tolist(), stops.tolist(), strict=True):
-            previous = self._kept.pop(key, None)
-            self._kept[key] = tokens[begin:stop].copy() if previous is None else previous
-            self._kept_bytes += self._kept[key].nbytes if previous is None else 0
-        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= oldest.nbytes
+            if key in self._remembered:
+                self._remembered.move_to_end(key)
+                continue
+            # The next read uses the memory of this one.
+            self._remembered[key] = tokens[begin:stop].copy()
+            self._remembered_bytes += self._remembered[key].nbytes
+        while self._remembered_bytes > REMEMBERED_BYTES and len(self._remembered) > 1:
+            _, oldest = self._remembered.popitem(last=False)
+            self._remembered_bytes -= oldest.nbytes
 
 
 class _DistinctDocuments(NamedTuple):
