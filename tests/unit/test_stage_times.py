@@ -9,7 +9,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_of
 from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 
@@ -25,6 +25,7 @@ def test_times_survive_packing_to_4_percent() -> None:
         for time_s in of_stage:
             single = maxima_of(np.array([pack_times({stage: time_s})], np.int64))
             assert single.seconds[stage] == pytest.approx(time_s, rel=0.041)
+            assert times_of(pack_times({stage: time_s})) == single
 
 
 def test_times_out_of_range_are_bounds() -> None:

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
+from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
 from mixtera_hpc.core.statistics import (
     MAX_SEQUENCE_LOSS,
+    NUM_BUFFER_ROWS,
     DomainStatistics,
     accumulate_losses,
     dequantise_losses,
+    no_statistics,
     quantise_losses,
     statistics_from_buffer,
 )
@@ -84,3 +87,13 @@ def test_the_buffer_of_no_sequences_is_zero() -> None:
 def test_a_domain_id_out_of_range_is_refused(domain: int) -> None:
     with pytest.raises(ValueError, match="expected 0 to 1"):
         accumulate_losses(np.array([domain]), np.ones(1), np.ones(1, np.int64), 2)
+
+
+@pytest.mark.parametrize("scales", [{}, {"gradient_norm": 1.0, "reward": 4.0}])
+def test_no_statistics_are_those_of_a_buffer_of_zeros(scales: dict[str, float]) -> None:
+    zeros = np.zeros((NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(scales), 5), np.int64)
+    reduced = statistics_from_buffer(3, zeros, scales)
+    none = no_statistics(3, 5, scales)
+    assert repr(none) == repr(reduced)
+    for name in ("loss_sum", "num_tokens", "num_sequences", "num_nonfinite"):
+        assert getattr(none, name).dtype == getattr(reduced, name).dtype, name
