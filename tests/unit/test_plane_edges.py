@@ -1,6 +1,8 @@
 """The beginning and the end of a data plane, and wrong calls."""
 
+import itertools
 import json
+import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -136,6 +138,42 @@ def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> 
     assert not closed.is_set()
     returns.set()
     assert closed.wait(timeout=600)
+
+
+def test_no_more_batches_are_prepared_than_asked_for() -> None:
+    none = np.zeros(0, np.int64)
+    made: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class EndlessMaker:
+        places = ()
+
+        def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+            for step in itertools.count():
+                made.put(step)
+                yield Batch(
+                    step=step,
+                    domain_ids=none,
+                    positions=none,
+                    tokens=np.zeros((0, 0), np.int64),
+                    loss_mask=np.zeros((0, 0), np.bool_),
+                    document_ids=np.zeros((0, 0), np.int32),
+                )
+
+        def close(self) -> None:
+            pass
+
+    prefetcher = Prefetcher(EndlessMaker(), 3)
+    plan = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=none, lags=none, weights=none)
+    prefetcher.submit(plan, 0)
+    for step in range(5):
+        batch = prefetcher.get(timeout_s=600)
+        assert batch is not None
+        assert batch.step == step
+    # Three more than were taken, and one that waits for room.
+    assert [made.get(timeout=600) for _ in range(9)] == list(range(9))
+    prefetcher.close()
+    assert prefetcher.num_ready == 3
+    assert made.empty()
 
 
 def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:
