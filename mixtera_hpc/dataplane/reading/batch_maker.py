@@ -18,7 +18,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
-from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples, take
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
@@ -32,7 +32,7 @@ from mixtera_hpc.dataplane.reading.sample_transform import (
     transformed,
 )
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
+from mixtera_hpc.dataplane.reading.step_sequences import StepContent, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
@@ -181,18 +181,16 @@ class BatchMaker:
         """Return the batches of consecutive steps, whose documents are read together."""
         if all(content.is_padding.all() for content in steps):
             return [self._padding(plan, content) for content in steps]
-        if self._source.layout.in_tokens:
-            return self._token_batches(plan, steps)
-        sequences = StepSequences.of_steps(steps, self._source)
-        documents = self._streams.documents_of_spans(sequences.run_domain, sequences.run_starts, sequences.run_stops)
-        return self._sample_batches(plan, steps, sequences, documents, self._reader.samples(documents))
-
-    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
-        """Write the tokens of the sequences of each step."""
         domain = np.concatenate([content.domain_ids for content in steps])
         sequence = np.concatenate([content.sequence for content in steps])
         served = np.flatnonzero(domain >= 0)
         documents = self._documents.documents(domain[served], sequence[served])
+        if self._source.layout.in_tokens:
+            return self._token_batches(plan, steps, documents)
+        return self._sample_batches(plan, steps, documents, self._reader.samples(documents))
+
+    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], documents: Documents) -> list[Batch]:
+        """Write the tokens of the sequences of each step, which consist of `documents`."""
         arrays = self._reader.read_sequences(documents, [self._output_of(content) for content in steps])
         return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
 
@@ -202,31 +200,22 @@ class BatchMaker:
         return SequenceOutput(count, len(content.domain_ids), self.shared_arrays.get(content.step))
 
     def _sample_batches(
-        self,
-        plan: ChunkPlan,
-        steps: list[StepContent],
-        sequences: StepSequences,
-        documents: Documents,
-        samples: RawSamples,
+        self, plan: ChunkPlan, steps: list[StepContent], documents: Documents, samples: RawSamples
     ) -> Iterator[Batch]:
-        """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
-        num_rows = [len(content.domain_ids) for content in steps]
-        # Number of the document of each row of each step; -1 stands for padding.
-        numbers = np.full((len(steps), max(num_rows)), -1)
-        numbers[sequences.step_index, sequences.row] = np.arange(len(documents.block))
-
-        for content, of_step, count in zip(steps, numbers, num_rows, strict=True):
-            of_rows = of_step[:count]
-            is_sample = of_rows >= 0
-            payloads = samples.take(of_rows[is_sample])
-            if len(payloads) < count:
-                # A sample for each row, and None for padding.
-                number = np.where(is_sample, np.cumsum(is_sample) - 1, len(payloads))
-                payloads = take([*payloads, None], number)
+        """Distribute the samples of `documents`, one per sequence, to the batches of the steps."""
+        first = 0
+        for content in steps:
+            count = len(content.domain_ids)
+            stop = first + int(np.count_nonzero(content.domain_ids >= 0))
+            numbers = np.arange(first, stop)
+            first = stop
+            payloads = samples.take(numbers)
+            # Padding is at the end of a batch.
+            payloads += [None] * (count - len(payloads))
             batch = self._batch(plan, content, payloads=payloads, **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
-                batch = self._transformed(self._transform, batch, documents, of_rows)
+                batch = self._transformed(self._transform, batch, documents, numbers)
             yield batch
 
     def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> Batch:

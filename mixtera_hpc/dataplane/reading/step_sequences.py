@@ -1,4 +1,4 @@
-"""Which sequences a batch has: those of a plan in the order of the batch's positions, and in the order of reading.
+"""The sequences of batches, in the order of their positions: those that a plan serves.
 
 With lanes, the sequences of a step follow from the counts of the domains at its borders, without the plan's slots.
 Price per step: a few numpy operations on numbers per domain and per lane, and on the sequences of the rank's lanes, for
@@ -20,7 +20,7 @@ from mixtera_hpc.dataplane.reading.packing.balanced_positions import balance_slo
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 
-__all__ = ["StepContent", "StepSequences", "planned_slots", "slots_of_plan", "slots_of_steps"]
+__all__ = ["StepContent", "planned_slots", "slots_of_plan", "slots_of_steps"]
 
 Ints = NDArray[np.int64]
 
@@ -119,53 +119,3 @@ class StepContent:
     def is_padding(self) -> NDArray[np.bool_]:
         """Mask of the rows that stand for no sequence; shape (B,)."""
         return self.domain_ids < 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepSequences:
-    """Samples of several steps, sorted by domain and along its stream; shape (n,) each.
-
-    Neighbours in a stream form a *run*: they share documents, so a run is read as one span.
-    """
-
-    step_index: Ints
-    """Position of the step among those read together."""
-    row: Ints
-    """Row of the batch that the sequence fills."""
-    run_domain: Ints
-    """Domain of each run; shape (num_runs,)."""
-    run_starts: Ints
-    """First item of each run in the stream of its domain; shape (num_runs,)."""
-    run_stops: Ints
-
-    @classmethod
-    def of_steps(cls, steps: list[StepContent], source: Source) -> "StepSequences":
-        """Sort the sequences of `steps`."""
-        domain = np.concatenate([content.domain_ids for content in steps])
-        sequence = np.concatenate([content.sequence for content in steps])
-        # Padding is sorted to the front and left out.
-        order = _stream_order(domain, sequence)[int(np.count_nonzero(domain < 0)) :]
-        domain = domain[order]
-        sequence = sequence[order]
-        is_first = np.ones(len(order), np.bool_)
-        is_first[1:] = (domain[1:] != domain[:-1]) | (sequence[1:] != sequence[:-1] + 1)
-
-        first = np.flatnonzero(is_first)
-        length = np.diff(np.append(first, len(order)))
-        # Batches of one ramp may have different sizes.
-        sizes = np.array([len(content.domain_ids) for content in steps])
-        step_index = np.repeat(np.arange(len(sizes)), sizes)[order]
-        row = order - (np.cumsum(sizes) - sizes)[step_index]
-        grid = source.grid
-        starts = source.stream_version.origins[domain[first]] + sequence[first] * grid.stride
-        stops = starts + (length - 1) * grid.stride + grid.length
-        return cls(step_index, row, domain[first], starts, stops)
-
-
-def _stream_order(domain: Ints, sequence: Ints) -> NDArray[np.intp]:
-    """Return the order by domain and sequence; no sequence occurs twice."""
-    width = int(sequence.max(initial=0)) + 1
-    if (int(domain.max(initial=0)) + 1) * width < 1 << 62:
-        # numpy vectorises the sort of one integer, which takes a tenth of the time.
-        return np.argsort(domain * width + sequence)
-    return np.lexsort((sequence, domain))
