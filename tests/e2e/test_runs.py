@@ -44,12 +44,20 @@ def test_the_mixture_of_a_running_job_can_be_changed(cli: Cli, small: list[str],
 
 
 def wait_for_chunk(folder: RunFolder, process: subprocess.Popen[str]) -> None:
-    """Wait until the chunk from which a decided mixture is used has been planned."""
+    """Wait until a step of the chunk from which a decided mixture is used has ended: the journal is ahead of them."""
     [decision] = read_lines(folder.decisions)
     deadline = time.monotonic() + 900
-    while not any(line.get("chunk") == decision["chunk"] for line in read_lines(folder.journal)):
-        assert process.poll() is None and time.monotonic() < deadline, "the chunk was not planned"
+    while not any(step >= first for first in first_steps(folder, decision["chunk"]) for step in ended_steps(folder)):
+        assert process.poll() is None and time.monotonic() < deadline, "no step of the chunk has ended"
         time.sleep(0.2)
+
+
+def first_steps(folder: RunFolder, chunk: int) -> list[int]:
+    return [line["first_step"] for line in read_lines(folder.journal) if line.get("chunk") == chunk]
+
+
+def ended_steps(folder: RunFolder) -> list[int]:
+    return [line["step"] for line in read_lines(folder.metrics / "steps.jsonl")]
 
 
 def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) -> None:
