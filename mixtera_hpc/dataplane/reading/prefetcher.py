@@ -27,8 +27,7 @@ class _EndOfData:
 class Prefetcher:
     """A daemon thread that makes batches, between a queue of plans and a queue of batches.
 
-    A third queue holds one token for every batch that there is room for. The queues are those without Python code: the
-    trainer's thread takes a batch in a microsecond, and no thread polls.
+    A third queue holds one token for every batch that there is room for. No thread polls.
     """
 
     def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
@@ -37,7 +36,8 @@ class Prefetcher:
         self.places = maker.places
         """Where the thread, or its processes, read."""
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Batch | _EndOfData | BaseException] = queue.SimpleQueue()
+        # Not a SimpleQueue: in Python 3.11 its `get` waits for ever if a short timeout passes at the wrong moment.
+        self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(prefetch_batches):
             self._room.put(None)
