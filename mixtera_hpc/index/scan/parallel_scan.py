@@ -119,7 +119,7 @@ class _RankScanner:
         Raises:
             BaseException: the error that `scan` raised in a worker.
         """
-        finished: queue.SimpleQueue[_FinishedUnit] = queue.SimpleQueue()
+        finished: queue.Queue[_FinishedUnit] = queue.Queue()
         workers = [_ScanWorker(scan, self._open_log(number), finished) for number in range(self._tasks.threads)]
         try:
             self._hand_out_units(workers, finished)
@@ -130,7 +130,7 @@ class _RankScanner:
         for worker in workers:
             worker.stop()
 
-    def _hand_out_units(self, workers: Sequence["_ScanWorker"], finished: "queue.SimpleQueue[_FinishedUnit]") -> None:
+    def _hand_out_units(self, workers: Sequence["_ScanWorker"], finished: "queue.Queue[_FinishedUnit]") -> None:
         idle = list(workers)
         # Only rank 0 holds the counters, so only it must enter MPI regularly.
         poll_s = POLL_S if self._comm.rank == 0 and self._comm.size > 1 else None
@@ -199,7 +199,7 @@ class _FinishedUnit:
 class _ScanWorker:
     """A thread that scans and logs the units it receives."""
 
-    def __init__(self, scan: ScanFunction, log: ScanLog, finished: "queue.SimpleQueue[_FinishedUnit]") -> None:
+    def __init__(self, scan: ScanFunction, log: ScanLog, finished: "queue.Queue[_FinishedUnit]") -> None:
         self.units: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._scan = scan
         self._log = log
