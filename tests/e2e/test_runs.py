@@ -53,7 +53,8 @@ def wait_for_chunk(folder: RunFolder, process: subprocess.Popen[str]) -> None:
 
 
 def first_steps(folder: RunFolder, chunk: int) -> list[int]:
-    return [line["first_step"] for line in read_lines(folder.journal) if line.get("chunk") == chunk]
+    plans = (line for line in read_lines(folder.journal) if line["kind"] == "chunk")
+    return [plan["first_step"] for plan in plans if plan["chunk"] == chunk]
 
 
 def ended_steps(folder: RunFolder) -> list[int]:
