@@ -44,7 +44,7 @@ UNITS = {
 NOTHING = "nothing"
 AGAIN = "nothing, again"
 MODES = {"thread": 0, "process": 1}
-"""What reads → `dataplane.workers`."""
+"""Name of the reader → `dataplane.workers`."""
 
 Step = Callable[[], list[float]]
 """A step of the trainer; returns the times of its pieces in seconds."""
@@ -97,7 +97,8 @@ class _Turns:
         self._step()  # Fills the caches of the core.
         pieces: list[float] = []
         for _ in range(STEPS_PER_TURN):
-            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+            began_s = time.perf_counter()
+            began_cpu_s = time.thread_time()
             batch = next(self._batches) if self._batches is not None else None
             self.wait_s.append(time.perf_counter() - began_s)
             self.call_s.append(time.thread_time() - began_cpu_s)

@@ -73,6 +73,17 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+def simple_queues_with_timeouts(path: Path) -> list[str]:
+    text = path.read_text()
+    queues = set(re.findall(r'(\w+): "?queue\.SimpleQueue', text))
+    return [f"{name_of(path)}: {name}" for name in re.findall(r"(\w+)\.get\([^)]", text) if name in queues]
+
+
+def test_no_timeout_is_given_to_a_simple_queue() -> None:
+    """In Python 3.11, `SimpleQueue.get` waits for ever if the time runs out between its first try and its wait."""
+    assert [line for path in MODULES for line in simple_queues_with_timeouts(path)] == []
+
+
 def test_verbs_that_users_script_exist() -> None:
     assert set(VERBS) >= FROZEN_VERBS
     for verb in VERBS:

@@ -1,4 +1,4 @@
-"""How many sequences of each domain earliest deadline first (EDF) has served before any slot of a segment.
+"""Count the sequences of each domain that earliest deadline first (EDF) has served before any slot of a segment.
 
 EDF has served every sequence that is due by slot n, and nothing that is released after it. In between, each domain has
 at most one open sequence. EDF has served the open sequences with the earliest deadlines, subject to one condition: for

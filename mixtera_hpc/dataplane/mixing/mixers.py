@@ -41,7 +41,7 @@ class Mixer(Protocol):
 
     @property
     def learns(self) -> bool:
-        """Whether `feed` and `feed_held_out` have any effect."""
+        """True if `feed` or `feed_held_out` has any effect."""
 
     @property
     def problem(self) -> MixingProblem | None:

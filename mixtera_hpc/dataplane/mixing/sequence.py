@@ -35,7 +35,7 @@ class MixtureSequence:
 
     @property
     def learns(self) -> bool:
-        """Whether any mixer uses the statistics of steps."""
+        """True if any mixer uses the statistics of steps."""
         return any(mixer.learns for mixer in self._mixers.values())
 
     @property

@@ -97,7 +97,7 @@ class DocumentReader:
 
     @property
     def holds_all_tokens(self) -> bool:
-        """Whether every document is stored as token ids."""
+        """True if every document is stored as token ids."""
         return self._gather.holds_all
 
     def read_sequences(self, documents: Documents, outputs: Sequence[SequenceOutput]) -> list[TokenArrays]:

@@ -104,7 +104,7 @@ def slots_of_plan(source: Source, plan: ChunkPlan, documents: SequenceDocuments 
 
 @dataclass(frozen=True, slots=True)
 class StepContent:
-    """What this rank has to read for one step."""
+    """The sequences that this rank has to read for one step."""
 
     step: int
     """Training step."""

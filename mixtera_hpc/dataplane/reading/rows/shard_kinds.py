@@ -1,4 +1,4 @@
-"""How the rows of each shard are read: by a decoder of rows, by whole blocks, or row by row."""
+"""Tell how the rows of a shard are read: by a decoder of rows, by whole blocks, or row by row."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ _UNKNOWN, ROWS, BLOCKS, FIRST_DECODER = range(4)
 
 
 class ShardKinds:
-    """How each shard is read, as far as it is known."""
+    """The kind of reading of every shard, as far as it is known."""
 
     def __init__(self, formats: Sequence[str], texts: Sequence[str | None]) -> None:
         """Begin without a known shard.

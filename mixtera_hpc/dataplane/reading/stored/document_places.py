@@ -1,4 +1,4 @@
-"""Where documents are stored as token ids: found once for all documents of a window, and gathered for every read.
+"""Find where documents are stored as token ids, once for all documents of a window; gather the places for every read.
 
 Which special tokens a stored document begins and ends with follows from its length and from the tokens that the index
 counted, so no token is read for it. Only if a tokenizer has one token that begins documents, a document with one more
@@ -34,7 +34,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where documents lie in files; shape (n,) each."""
+    """Places of documents in files; shape (n,) each."""
 
     file: NDArray[np.int32]
     start: Ints

@@ -46,7 +46,7 @@ class TokenGather:
         self._guard = guard
         self._is_stored = blocks_with_tokens(source)
         self.holds_all = bool(self._is_stored.all())
-        """Whether all blocks of the index are stored as token ids."""
+        """True if all blocks of the index are stored as token ids."""
         self._num_shards = len(source.index.shard_paths)
         # The files of the stores have the numbers after the shards.
         self._files = MappedFiles(self._num_shards + len(source.index.token_stores), self._map_file)
