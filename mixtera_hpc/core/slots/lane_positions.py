@@ -98,10 +98,8 @@ class ServedRanges(NamedTuple):
         steps = zip(pairwise(_borders(step, len(positions))), positions, strict=True)
         chosen = [_rotated(by_lane[first:stop], lanes)[own] for (first, stop), own in steps]
         in_order = np.concatenate(chosen)
-        domain = self.domain.astype(np.int32)[number[in_order]]
-        every = Slots(domain=domain, ordinal=ordinal[in_order], sequence=sequence[in_order])
         ends = np.cumsum([len(of_step) for of_step in chosen]).tolist()
-        return [every.select(slice(begin, end)) for begin, end in pairwise([0, *ends])]
+        return self.slots_of_steps(number[in_order], ordinal[in_order], sequence[in_order], [0, *ends])
 
     def in_stream(self, number: NDArray[np.intp], ordinal: Ints, turns: Ints) -> tuple[Ints, Ints]:
         """Return the lanes of served sequences, and their numbers in the streams of their domains.
@@ -121,6 +119,44 @@ class ServedRanges(NamedTuple):
             sequence[at_end] = ordinal[at_end]
         return lane, sequence
 
+    def slots_of_steps(
+        self, number: NDArray[np.intp], ordinal: Ints, sequence: Ints, borders: Sequence[int]
+    ) -> list[Slots]:
+        """Return sequences of all steps step by step.
+
+        Args:
+            number: the range of each sequence; shape (m,).
+            ordinal: the served number of each sequence.
+            sequence: the number of each sequence in the stream of its domain.
+            borders: first sequence of each step, and m.
+        """
+        every = Slots(domain=self.domain.astype(np.int32)[number], ordinal=ordinal, sequence=sequence)
+        return [every.select(slice(begin, end)) for begin, end in pairwise(borders)]
+
+
+class _Parts(NamedTuple):
+    """Parts of batches before their rotation; shape (n,) each."""
+
+    step: NDArray[np.intp]
+    begin: Ints
+    """First position."""
+    end: Ints
+
+    @classmethod
+    def of_positions(cls, positions: Sequence[slice], size: Ints, lanes: int) -> "_Parts":
+        """Return where the positions of rotated batches lie: in up to two parts of each, which may begin again.
+
+        Args:
+            positions: of each batch, with both ends.
+            size: sequences of each batch.
+            lanes: number of lanes.
+        """
+        first, stop = np.minimum(np.array([(own.start, own.stop) for own in positions]).T, size) + size // (2 * lanes)
+        begin = np.stack([first, np.maximum(first, size) - size], axis=1).ravel()
+        end = np.stack([np.minimum(stop, size), stop - size], axis=1).ravel()
+        parts = np.flatnonzero(begin < end)
+        return cls(parts // 2, begin[parts], end[parts])
+
 
 def positions_of_steps(ranges: ServedRanges, turns: Ints, positions: Sequence[slice]) -> list[Slots]:
     """Return the sequences at some positions of the batches of several steps, in their order.
@@ -133,22 +169,13 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, positions: Sequence[sl
     # The plan after the last step of the data has no steps.
     if not positions:
         return []
-    lanes = len(turns)
     num_steps = len(positions)
     if 2 * sum(own.stop - own.start for own in positions) >= int(ranges.size.sum()):
         # The rank gets most of the batches.
         return ranges.all_positions(turns, positions)
     ends = np.cumsum(ranges.per_lane(num_steps, turns), axis=1)
     size = ends[:, -1]
-    first, stop = np.minimum(np.array([(own.start, own.stop) for own in positions]).T, size) + size // (2 * lanes)
-    # Positions before the rotation, as two parts per step: they may begin again at the first lane.
-    step = np.repeat(np.arange(num_steps), 2)
-    begin = np.stack([first, np.maximum(first, size) - size], axis=1).ravel()
-    end = np.stack([np.minimum(stop, size), stop - size], axis=1).ravel()
-    parts = np.flatnonzero(begin < end)
-    step = step[parts]
-    begin = begin[parts]
-    end = end[parts]
+    step, begin, end = _Parts.of_positions(positions, size, len(turns))
     first_lane = (ends[step] <= begin[:, None]).sum(axis=1)
     num_lanes = (ends[step] <= end[:, None] - 1).sum(axis=1) + 1 - first_lane
 
@@ -158,7 +185,7 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, positions: Sequence[sl
     if int((num_lanes * num_ranges[step]).sum()) > int(size.sum()):
         # Many lanes of many domains: expanding the batches costs less.
         return ranges.all_positions(turns, positions)
-    part = np.repeat(np.arange(len(parts)), num_lanes)
+    part = np.repeat(np.arange(len(step)), num_lanes)
     lane = first_lane[part] + _count_up(num_lanes)
     per_row = num_ranges[step[part]]
     number = np.repeat(range_ends[step[part]], per_row) + _count_up(per_row)
@@ -168,14 +195,12 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, positions: Sequence[sl
     ordinal = np.repeat(ordinal, count) + _count_up(count) * np.repeat(stride, count)
     of_part = np.repeat(np.repeat(part, per_row), count)
     before = np.where(first_lane > 0, ends[step, first_lane - 1], 0)
-    in_order = _count_up(np.bincount(of_part, minlength=len(parts))) + before[of_part]
+    in_order = _count_up(np.bincount(of_part, minlength=len(step))) + before[of_part]
     own = np.flatnonzero((in_order >= begin[of_part]) & (in_order < end[of_part]))
-    borders = _borders(step[of_part[own]], num_steps)
     ordinal = ordinal[own]
     number = np.repeat(number, count)[own]
     _, sequence = ranges.in_stream(number, ordinal, turns)
-    every = Slots(domain=ranges.domain.astype(np.int32)[number], ordinal=ordinal, sequence=sequence)
-    return [every.select(slice(begin, end)) for begin, end in pairwise(borders)]
+    return ranges.slots_of_steps(number, ordinal, sequence, _borders(step[of_part[own]], num_steps))
 
 
 def _count_up(sizes: Ints) -> Ints:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowDocuments, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
@@ -73,19 +74,20 @@ def _build(
         window = window[is_served]
         num_documents = np.bincount(window, minlength=len(keys))
 
-    items = columns["items"][position] if layout.in_tokens else None
-    num_items = num_documents if items is None else _sums(items, num_documents)
+    documents = _documents_at(columns, position, block)
+    num_items = num_documents if documents.items is None else _sums(documents.items, num_documents)
     _check_items(windows, lengths, num_items)
-    table.append(
-        keys,
-        num_documents,
-        WindowDocuments(
-            block=block,
-            row=columns["row"][position],
-            offset=columns["offset"][position],
-            length=columns["length"][position],
-            items=items,
-        ),
+    table.append(keys, num_documents, documents)
+
+
+def _documents_at(columns: GrowingColumns, position: Ints, block: NDArray[np.int32]) -> WindowDocuments:
+    """Return the columns of the documents at `position`, which are in these blocks."""
+    return WindowDocuments(
+        block=block,
+        row=columns["row"][position],
+        offset=columns["offset"][position],
+        length=columns["length"][position],
+        items=columns["items"][position] if "items" in columns else None,
     )
 
 
