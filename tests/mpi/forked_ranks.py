@@ -2,10 +2,12 @@
 
 forked_ranks.py N PROGRAM ARGUMENTS…
 
-For tests of what ranks do, not of how torchrun starts them. After the first failure, the other ranks are killed.
+For tests of what ranks do, not of how torchrun starts them. After the first failure, the other ranks are killed; all
+are killed if this process ends, for example because a test has waited too long.
 """
 
 import contextlib
+import ctypes
 import os
 import runpy
 import signal
@@ -19,6 +21,8 @@ import torch.distributed.device_mesh
 
 import mixtera_hpc.dataplane.plane
 import mixtera_hpc.testing.communicators  # noqa: F401
+
+PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 
 
 def free_port() -> int:
@@ -58,6 +62,7 @@ def main() -> int:
     for rank in range(num_ranks):
         pid = os.fork()
         if pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os._exit(run_rank(rank, num_ranks, port))
         running.add(pid)
     while running:
