@@ -196,4 +196,6 @@ def test_lanes_for_the_number_of_nodes_are_named(overrides: list[str], capsys: p
     assert cost_with_more_lanes(small, served, nodes) is None
 
     assert main(["plan", *words, "job.nodes=4", "job.ranks_per_node=2"]) == 0
-    assert "dataplane.lanes=16, set before the run begins:" in " ".join(capsys.readouterr().out.split())
+    assert "With dataplane.lanes=16, set before the run begins, they decode" in " ".join(
+        capsys.readouterr().out.split()
+    )

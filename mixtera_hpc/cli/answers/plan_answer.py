@@ -92,8 +92,9 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
     if (better := cost_with_more_lanes(source, per_step, shape)) is not None:
         lanes, less = better
         open_console().print(
-            f"Nodes that share a lane decode the same files. dataplane.lanes={lanes}, set before the run begins: "
-            f"{less.amplification:.1f} bytes per byte served, {less.memory_bytes / 1e9:.3g} GB of memory per node"
+            f"Nodes that share a lane decode the same files. With dataplane.lanes={lanes}, set before the run begins, "
+            f"they decode {less.amplification:.1f} bytes per byte served and take {less.memory_bytes / 1e9:.3g} GB of "
+            "memory per node."
         )
     check_decode_cost(source, cost)
 
