@@ -72,6 +72,11 @@ class ShuffleOrder:
     window_bytes: int
     """Decoded bytes of a window; used with `shuffle="window"` only."""
 
+    @property
+    def repeats(self) -> bool:
+        """True if sequences are permuted elsewhere, and the documents of every epoch come in one and the same order."""
+        return self.shuffle == "sequence"
+
     def epoch(self, epoch: int, blocks: NDArray[np.integer[Any]], sizes: Ints, block_bytes: Ints) -> EpochOrder:
         """Order the blocks of a domain for `epoch`, in O(blocks) time.
 

@@ -66,6 +66,14 @@ def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(sour
         assert sum(reads) == 2
 
 
+def test_epochs_of_permuted_sequences_share_their_windows(collection: list[str]) -> None:
+    source = open_source(compose([*collection, "dataplane.shuffle=sequence"]), Local())
+    items = int(source.layout.epoch_items()[0])
+    documents = source.streams().documents(0, 0, 3 * items)
+    first, second, third = np.split(documents.number, 3)
+    assert first.tolist() == second.tolist() == third.tolist()
+
+
 def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: Source) -> None:
     read = source.make_block_reader()
 
@@ -96,7 +104,10 @@ def base_order(source: Source, domain: int) -> Iterator[tuple[int, int, int, int
             yield from (rows[i] for i in layout.order.rows(domain, epoch, window, len(rows)).tolist())
 
 
-@pytest.mark.parametrize("setting", ["shuffle=none", "shuffle=block", "window_bytes=5000", "window_bytes=10000000"])
+SETTINGS = ["shuffle=none", "shuffle=sequence", "shuffle=block", "window_bytes=5000", "window_bytes=10000000"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("window_bytes", [1, 3000, 1 << 20])
 def test_a_lookup_of_many_streams_follows_the_order_of_each(
     collection: list[str], setting: str, window_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -198,6 +198,9 @@ class DomainStreams:
     def _parts_of_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
         """Cut spans at the borders of epochs and windows."""
         domain, epoch, begin, end = self._cut_at_epochs(domain, starts, stops)
+        if self._layout.order.repeats:
+            # All epochs have the windows of the first one.
+            epoch = np.zeros_like(epoch)
         if self._orders.can_hold(domain, epoch):
             return self._window_parts(domain, epoch, begin, end)
         # Spans of more than two epochs of a domain: one epoch after the other.
@@ -216,6 +219,7 @@ class DomainStreams:
     def window_documents(self, domain: int, epoch: int, number: int, stop: int | None = None) -> Documents:
         """Return the documents of a window in base order, those of its first `stop` items or all; it has some."""
         self._begin_lookup()
+        epoch = 0 if self._layout.order.repeats else epoch
         start, end = self._orders.order(domain, epoch).starts[number : number + 2].tolist()
         stop = end if stop is None else start + stop
         spans = (np.array([value]) for value in (domain, epoch, start, stop))
