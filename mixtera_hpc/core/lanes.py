@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.sequence_grid import SequenceGrid
-from mixtera_hpc.core.slots.lane_positions import END_OF_EPOCH, ServedRanges, positions_of_steps
+from mixtera_hpc.core.slots.lane_positions import LaneRanges, positions_of_steps
 from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.core.slots.step_slots import StepSlots
 
 __all__ = ["LaneOrder", "ServedPart", "cut_spans"]
 
@@ -79,13 +80,9 @@ class LaneOrder:
         sequence: Ints = np.where(in_lanes, dealt, ordinal)
         return sequence
 
-    def sequences(self, steps: Sequence[Slots]) -> Ints:
-        """Return the numbers in the streams of the sequences of some steps, one step after the other."""
-        known = [slots.sequence for slots in steps if slots.sequence is not None]
-        if len(known) == len(steps):
-            return np.concatenate([np.zeros(0, np.int64), *known])
-        domain = np.concatenate([slots.domain for slots in steps])
-        return self.sequence(domain, np.concatenate([slots.ordinal for slots in steps]))
+    def sequences(self, slots: Slots) -> Ints:
+        """Return the numbers in the streams of some sequences."""
+        return self.sequence(slots.domain, slots.ordinal) if slots.sequence is None else slots.sequence
 
     def ordinal(self, domain: int, sequence: int) -> int:
         """Return the number under which a sequence of the stream is served; the inverse of `sequence`."""
@@ -95,15 +92,18 @@ class LaneOrder:
             return sequence
         return first + number % length * self.lanes + self._turn(number // length)
 
-    def positions(self, first: Ints, stop: Ints, positions: Sequence[slice]) -> list[Slots]:
+    def positions(self, first: Ints, stop: Ints, positions: Sequence[slice]) -> StepSlots:
         """Return the sequences of several steps at some positions of their batches, in their order.
 
         Args:
-            first: first served number of every domain in every step; shape (num_steps, K).
+            first: first served number of every domain in every step, which ascend; shape (num_steps, K).
             stop: one past the last served number; shape (num_steps, K).
             positions: of each batch, with both ends; see `positions_of_steps`.
         """
-        return positions_of_steps(self._ranges(first, stop), _turns(self.lanes), positions)
+        # The plan after the last step of the data has no steps.
+        if not positions:
+            return StepSlots.of_steps([])
+        return positions_of_steps(self._ranges(first[0], stop[-1]), _turns(self.lanes), first, stop, positions)
 
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
         """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""
@@ -127,32 +127,21 @@ class LaneOrder:
         """Return when it is the turn of a lane, in [0, lanes)."""
         return int(_turns(self.lanes)[lane])
 
-    def _ranges(self, first: Ints, stop: Ints) -> ServedRanges:
-        """Return the served numbers of steps as ranges of one segment each."""
-        step, domain = np.nonzero(first < stop)
-        first = first[step, domain]
-        stop = stop[step, domain]
-        # Nearly always all steps of a domain lie in the lanes of one segment. Steps ascend, and the last write counts.
-        lowest = np.zeros_like(self.epoch_items)
-        lowest[domain[::-1]] = first[::-1]
-        highest = np.zeros_like(self.epoch_items)
-        highest[domain] = stop
-        active = np.flatnonzero(highest)
-        segment = self._segment(active, lowest[active])
-        origin = np.zeros_like(self.epoch_items)
-        origin[active] = segment.first
-        lane_length = np.zeros_like(self.epoch_items)
-        lane_length[active] = segment.lane_length
-        is_cut = (highest > origin + self.lanes * lane_length)[domain]
-        origin = origin[domain]
-        turn = (first - origin) % self.lanes
-        ranges = ServedRanges(step, domain, first, stop - first, turn, origin, lane_length[domain])
-        if not is_cut.any():
+    def _ranges(self, first: Ints, stop: Ints) -> LaneRanges:
+        """Return the served numbers from `first` to `stop` of every domain as ranges of one segment each."""
+        domain = np.flatnonzero(first < stop)
+        first = first.take(domain)
+        stop = stop.take(domain)
+        segment = self._segment(domain, first)
+        is_inside = stop <= segment.first + self.lanes * segment.lane_length
+        ranges = LaneRanges(domain, first, stop, segment.first, segment.lane_length, is_inside)
+        # Nearly always all numbers of a domain lie in the lanes of one segment.
+        if is_inside.all():
             return ranges
-        cut = self._cut_ranges(*(values[is_cut] for values in (step, domain, first, stop)))
-        return ranges.select(np.flatnonzero(~is_cut)).merged(cut)
+        is_cut = ~is_inside
+        return ranges.select(is_inside).merged(self._cut_ranges(domain[is_cut], first[is_cut], stop[is_cut]))
 
-    def _cut_ranges(self, step: Ints, domain: Ints, first: Ints, stop: Ints) -> ServedRanges:
+    def _cut_ranges(self, domain: AnyInts, first: Ints, stop: Ints) -> LaneRanges:
         """Cut ranges of served numbers where epochs begin and where the lanes of an epoch end."""
         items = self.epoch_items[domain]
         starts = self.origins[domain] + np.stack([first, stop - 1]) * self.grid.stride
@@ -170,19 +159,17 @@ class LaneOrder:
         segment = self._segment(domain[part], begins)
         borders = np.clip(segment.first + self.lanes * segment.lane_length, begins, ends)
         # Each part is a range in lanes, and one behind them; nearly always one of the two is empty.
-        turn = np.stack([(begins - segment.first) % self.lanes, np.full(len(part), END_OF_EPOCH)], axis=1).ravel()
         range_first = np.stack([begins, borders], axis=1).ravel()
         range_stop = np.stack([borders, ends], axis=1).ravel()
         filled = np.flatnonzero(range_first < range_stop)
         of_part = filled // 2
-        return ServedRanges(
-            step=step[part][of_part],
+        return LaneRanges(
             domain=domain[part][of_part],
             first=range_first[filled],
-            size=(range_stop - range_first)[filled],
-            turn=turn[filled],
+            stop=range_stop[filled],
             origin=segment.first[of_part],
             lane_length=segment.lane_length[of_part],
+            is_dealt=filled % 2 == 0,
         )
 
     def whole_sequences(self, domain: AnyInts | int, number: Ints) -> tuple[Ints, Ints]:

@@ -81,7 +81,7 @@ def forecast_balance(source: Source, num_ranks: int) -> BalanceForecast | None:
     data_steps = [step for step in range(plan.first_step, last) if schedule.size_at(step) == size]
     order = source.planner.order(plan)
     slots = planned_slots(source, order, plan.first_step, data_steps, [slice(0, size)] * len(data_steps))
-    steps = [of_step for of_step in slots if len(of_step.domain) == size]
+    steps = [of_step for of_step in slots.steps() if len(of_step.domain) == size]
     if not steps:
         return None
     costs = np.stack(slot_costs(source, SequenceDocuments(source, source.streams()), steps))

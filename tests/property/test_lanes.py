@@ -107,7 +107,7 @@ def test_any_positions_of_a_step_are_those_of_all_its_sequences_sorted_by_lane(
         behind = np.concatenate([last[:1], last[1:] + count[1:]])
         none, part, _ = order.positions(
             np.stack([first, first, last]), np.stack([first, last, behind]), [slice(start, stop)] * 3
-        )
+        ).steps()
         assert not len(none.domain)
         assert part.domain.tolist() == domain[chosen][start:stop].tolist()
         assert part.ordinal.tolist() == ordinal[chosen][start:stop].tolist()

@@ -53,12 +53,11 @@ class SegmentOrder:
             weight: in `UNIT`.
             counts: sequences of each domain in the segment, from `apportion.advance`.
         """
-        self._lag = lag
-        # A domain of weight 0 may still have a sequence due because of its lag.
-        self._rate: Ints = np.maximum(weight, 1)
         self.counts = counts
-        self.num_slots = int(counts.sum())
-        self._served = ServedCounts(lag, weight, self._rate, counts, self.num_slots)
+        self._lag = lag
+        self._served = ServedCounts(lag, weight, counts)
+        self._rate = self._served.rate
+        self.num_slots = self._served.num_slots
 
     def counts_before(self, slots: Ints) -> Ints:
         """Return how many sequences of each domain are served before each of `slots`; shape (len(slots), K)."""

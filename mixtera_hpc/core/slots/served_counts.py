@@ -8,7 +8,6 @@ Price for the slots of 8 steps together: 0.2 ms with 7 domains, 0.7 ms with 1,00
 of different sizes, where the earliest deadlines often break the condition.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,28 +30,30 @@ Mask = NDArray[np.bool_]
 
 
 class _OpenSequences(NamedTuple):
-    """The open sequences before some slots."""
+    """The open sequences before some slots; shape (n, K) each, or (n,) where a field says so."""
 
     slot: Ints
     """The slots; shape (n,)."""
     num_choices: Ints
     """Open sequences that were served; shape (n,)."""
     due: Ints
-    """Sequences of each domain that are due by then; shape (n, K)."""
-    deadline: Ints
-    """Sort key: the deadline, then the domain; `NOT_OPEN` for domains without an open sequence."""
-    by_age: NDArray[np.intp]
-    """Domains by the age of their open sequences, youngest first; those without one at the end. Shape (n, m)."""
-    age: Ints
-    """Number of last slots in which the sequence is released, in the order of `by_age`."""
+    """Sequences of each domain that are due by then."""
     remainder: Ints
-    """Share that is outstanding after all due sequences, in `UNIT`; in the order of `by_age`, 0 without a sequence."""
+    """Share that is outstanding after all due sequences, in `UNIT`."""
+    is_closed: Mask
+    """True for domains without an open sequence; their other values mean nothing."""
+    deadline: Ints
+    """Sort key: the deadline, then the domain; at least `NOT_OPEN` for domains without an open sequence."""
+    by_age: NDArray[np.intp]
+    """Domains by the age of their open sequences, youngest first; those without one at the end."""
+    age: Ints
+    """Number of last slots in which the sequence is released, at most all slots before; in the order of `by_age`."""
     others_weight: Ints
     """Weight of the open domains behind each place of `by_age`, in `UNIT`."""
 
     def select(self, rows: NDArray[np.intp]) -> "_OpenSequences":
         """Return the open sequences before some of the slots."""
-        return _OpenSequences(*(values[rows] for values in self))
+        return _OpenSequences._make(values[rows] for values in self)
 
     def in_order(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return values of shape (n, K) in the order of `by_age`."""
@@ -61,79 +62,97 @@ class _OpenSequences(NamedTuple):
 
     def earliest(self, more: int = 0) -> Mask:
         """Return which sequences have the earliest deadlines, `more` than are served; shape (n, K)."""
-        ascending = np.sort(self.deadline, axis=1)
-        last = np.minimum(self.num_choices + more, ascending.shape[1]) - 1
-        # All others have the same key, and are none of them.
-        bound = np.minimum(ascending[np.arange(len(self.slot)), last], NOT_OPEN - 1)
+        ascending = self.deadline.copy()
+        ascending.sort(axis=1)
+        num_domains = ascending.shape[1]
+        number = np.minimum(np.maximum(self.num_choices + more, 0), num_domains)
+        bound = ascending.ravel().take(number + np.arange(-1, ascending.size - 1, num_domains))
+        # Domains without an open sequence have higher keys, and are none of them.
+        np.minimum(bound, NOT_OPEN - 1, out=bound)
+        np.putmask(bound, number == 0, 0)
         is_earliest: Mask = self.deadline <= bound[:, None]
         return is_earliest
 
 
-@dataclass(frozen=True, slots=True)
 class ServedCounts:
-    """The counts of one segment: consecutive slots with constant weights. All arrays have the shape (K,)."""
+    """The counts of one segment: consecutive slots with constant weights."""
 
-    lag: Ints
-    """Lag of each domain at the first slot, in `UNIT`."""
-    weight: Ints
-    """Weight of each domain, in `UNIT`."""
-    rate: Ints
-    """The weight, at least 1: a domain of weight 0 may still have a sequence due because of its lag."""
-    counts: Ints
-    """Sequences of each domain in the segment."""
-    num_slots: int
+    def __init__(self, lag: Ints, weight: Ints, counts: Ints) -> None:
+        """Compute nothing yet.
+
+        Args:
+            lag: of each domain at the first slot, in `UNIT`. Shape (K,), as the following.
+            weight: in `UNIT`.
+            counts: sequences of each domain in the segment.
+        """
+        self.lag = lag
+        self.weight = weight
+        self.rate: Ints = np.maximum(weight, 1)
+        """The weight, at least 1: a domain of weight 0 may still have a sequence due because of its lag."""
+        self.counts = counts
+        self.num_slots = int(counts.sum())
+        self._negative_rate = -self.rate
+        # Domains are part of the sort keys: numpy vectorises plain sorts, but not those of positions.
+        self._domain_bits = len(lag).bit_length()
+        self._domains = np.arange(len(lag))
 
     def before(self, slots: Ints) -> Ints:
         """Return how many sequences of each domain are served before each of `slots`; shape (len(slots), K)."""
-        share: Ints = self.lag + self.rate * slots[:, None]
-        due: Ints = np.minimum(np.maximum(share >> BITS, 0), self.counts)
-        remainder = share - (due << BITS)
-        is_open = (remainder > 0) & (due < self.counts)
-        num_choices = slots - due.sum(axis=1)
-        num_open = is_open.sum(axis=1)
-        counts: Ints = due + (is_open & (num_choices == num_open)[:, None])
-        for row in np.flatnonzero(num_choices < 0).tolist():
+        remainder = self.rate * slots[:, None]
+        remainder += self.lag
+        due = remainder >> BITS
+        np.maximum(due, 0, out=due)
+        np.minimum(due, self.counts, out=due)
+        remainder -= due << BITS
+        sequences = self._open_sequences(slots, due, remainder)
+        counts: Ints = due + self._chosen(sequences)
+        if sequences.num_choices.min() < 0:
             # After a change of weights more can be due than there were slots. Only due sequences were served then.
-            counts[row] = earliest_due(self.lag, self.rate, self.counts, int(slots[row]))
-        rows = np.flatnonzero((num_choices > 0) & (num_choices < num_open))
-        if len(rows):
-            sequences = self._open_sequences(slots[rows], num_choices[rows], due[rows], remainder[rows], is_open[rows])
-            counts[rows] += self._chosen(sequences)
+            for row in np.flatnonzero(sequences.num_choices < 0).tolist():
+                counts[row] = earliest_due(self.lag, self.rate, self.counts, int(slots[row]))
         return counts
 
-    def _open_sequences(
-        self, slot: Ints, num_choices: Ints, due: Ints, remainder: Ints, is_open: Mask
-    ) -> _OpenSequences:
-        """Sort the open sequences before each slot."""
-        # Domains are part of the sort keys: numpy vectorises plain sorts, but not those of positions.
-        bits = len(self.lag).bit_length()
-        domain = np.arange(len(self.lag))
-        # -(a // -b) is a / b rounded up.
-        deadline = np.minimum(slot[:, None] - (UNIT - remainder) // -self.rate, self.num_slots)
-        age = np.minimum(-(remainder // -self.rate), self.num_slots)
-        age = np.sort(np.where(is_open, (age << bits) + domain, NOT_OPEN + domain), axis=1)
-        age = age[:, : int(is_open.sum(axis=1).max())]
-        sequences = _OpenSequences(
-            slot=slot,
-            num_choices=num_choices,
-            due=due,
-            deadline=np.where(is_open, (deadline << bits) + domain, NOT_OPEN),
-            by_age=age & ((1 << bits) - 1),
-            age=age >> bits,
-            remainder=age,
-            others_weight=age,
-        )
-        weight = sequences.in_order(np.where(is_open, self.weight, 0))
-        return sequences._replace(
-            remainder=sequences.in_order(np.where(is_open, remainder, 0)),
-            others_weight=weight.sum(axis=1, keepdims=True) - weight.cumsum(axis=1),
-        )
+    def _open_sequences(self, slots: Ints, due: Ints, remainder: Ints) -> _OpenSequences:
+        """Sort the open sequences before each slot, given the due ones and what is outstanding after them."""
+        bits = self._domain_bits
+        slot = slots[:, None]
+        is_closed = remainder <= 0
+        is_closed |= due >= self.counts
+
+        # a // -b is -a / b rounded down.
+        deadline = (UNIT - remainder) // self._negative_rate
+        np.subtract(slot, deadline, out=deadline)
+        np.minimum(deadline, self.num_slots, out=deadline)
+        np.putmask(deadline, is_closed, NOT_OPEN >> bits)
+        deadline <<= bits
+        deadline += self._domains
+
+        age = remainder // self._negative_rate
+        np.negative(age, out=age)
+        np.minimum(age, slot, out=age)
+        np.putmask(age, is_closed, NOT_OPEN >> bits)
+        age <<= bits
+        age += self._domains
+        age.sort(axis=1)
+        by_age = age & ((1 << bits) - 1)
+        age >>= bits
+        others_weight = self.weight.take(by_age).cumsum(axis=1)
+        open_weight = np.where(is_closed, 0, self.weight).sum(axis=1, keepdims=True)
+        np.subtract(open_weight, others_weight, out=others_weight)
+        num_choices = slots - due.sum(axis=1)
+        return _OpenSequences(slots, num_choices, due, remainder, is_closed, deadline, by_age, age, others_weight)
 
     def _chosen(self, sequences: _OpenSequences) -> Mask:
         """Return which open sequences EDF has served before each slot; shape (n, K)."""
         # First guess: the earliest deadlines.
         chosen = sequences.earliest()
-        unsure = np.flatnonzero(~self._has_room(sequences, chosen, 0))
+        has_room = self._has_room(sequences, chosen, 0)
+        if has_room.all():
+            return chosen
+        # Where all open sequences were served, or none, there is no choice.
+        num_open = sequences.is_closed.shape[1] - sequences.is_closed.sum(axis=1)
+        has_choice = (sequences.num_choices > 0) & (sequences.num_choices < num_open)
+        unsure = np.flatnonzero(has_choice & ~has_room)
         lookback = FIRST_LOOKBACK
         while len(unsure):
             own = self._without_excess(sequences.select(unsure), lookback)
@@ -148,12 +167,16 @@ class ServedCounts:
     def _has_room(self, sequences: _OpenSequences, chosen: Mask, lookback: int) -> Mask:
         """Return True for slots before which the last L slots certainly have room for the choice, for L > lookback."""
         # At least Σ f + L · W slots are free of due sequences (docs/planner.md). More are rarely needed.
-        lag_after = sequences.remainder - sequences.in_order(chosen) * UNIT
+        lag_after = chosen * -UNIT
+        lag_after += sequences.remainder
         slot = sequences.slot[:, None]
-        last_slots = np.minimum(np.maximum(sequences.age, lookback + 1), slot)
-        room = lag_after.cumsum(axis=1) + last_slots * sequences.others_weight
-        has_room: Mask = ((room > -UNIT) | (last_slots == slot)).all(axis=1)
-        return has_room
+        last_slots = sequences.age
+        if lookback:
+            last_slots = np.minimum(np.maximum(last_slots, lookback + 1), slot)
+        room = last_slots * sequences.others_weight
+        room += sequences.in_order(lag_after).cumsum(axis=1)
+        is_free = (room > -UNIT) | (last_slots >= slot)
+        return np.asarray(is_free.all(axis=1))
 
     def _has_room_beyond(self, sequences: _OpenSequences, row: int, chosen: Mask, lookback: int) -> bool:
         """Return True if the last L slots before one slot certainly have room for its choice, for L > lookback."""
@@ -175,20 +198,18 @@ class ServedCounts:
         bound is off by less than 1 per domain, and the frequent domains are few.
         """
         due = sequences.due[0]
-        num_open = int(np.count_nonzero(sequences.remainder[0]))
+        num_open = len(due) - int(np.count_nonzero(sequences.is_closed))
         domain = sequences.by_age[0, :num_open]
         is_frequent = (self.rate > 2 * UNIT // last_slots.start) & (due > 0)
         # Due sequences of rare domains, by age.
-        _, age = self._due_ages(sequences.slot, np.where(is_frequent, 0, due)[None], last_slots.stop - 1)
+        _, age = self._due_ages(sequences, np.where(is_frequent, 0, due)[None], last_slots.stop - 1)
 
         # Events: what comes into the last L slots when L grows. `load` counts against the room, in `UNIT`.
         of_frequent = is_frequent[domain]
-        is_open = np.zeros(len(due), np.bool_)
-        is_open[domain] = True
-        always = int(self.weight[is_frequent & ~is_open].sum())
+        always = int(self.weight[is_frequent & sequences.is_closed[0]].sum())
         event_age = np.concatenate([age, sequences.age[0, :num_open]])
         by_age = event_age.argsort(kind="stable")
-        own_load = chosen[domain] * UNIT - np.where(of_frequent, sequences.remainder[0, :num_open], 0)
+        own_load = chosen[domain] * UNIT - np.where(of_frequent, sequences.remainder[0, domain], 0)
         load = np.concatenate([np.full(len(age), UNIT), own_load])
         weight = np.concatenate([np.zeros(len(age), np.int64), self.weight[domain] * of_frequent])
 
@@ -215,9 +236,9 @@ class ServedCounts:
             num_dropped = np.maximum(excess[:, -1], 0)
             for row in np.flatnonzero(num_dropped).tolist():
                 domain = sequences.by_age[row]
-                key = np.where(is_candidate[row], sequences.deadline[row, domain], 0)
+                key = np.where(is_candidate[row], sequences.deadline[row].take(domain), 0)
                 # After e - 1 drops, the first place with e too many is the next one with too many.
-                for end in np.searchsorted(excess[row], np.arange(1, num_dropped[row] + 1)).tolist():
+                for end in excess[row].searchsorted(np.arange(1, num_dropped[row] + 1)).tolist():
                     latest = int(key[: end + 1].argmax())
                     sequences.deadline[row, domain[latest]] = NOT_OPEN
                     key[latest] = 0
@@ -229,27 +250,33 @@ class ServedCounts:
 
         What fits into the last L slots also has to fit into all longer ranges. Only the last `lookback` slots count.
         """
-        slot = sequences.slot[:, None]
-        row, age = self._due_ages(sequences.slot, sequences.due, lookback)
+        row, age = self._due_ages(sequences, sequences.due, lookback)
         # Free slots among the last L, for L = 0 … lookback. Nothing limits longer ranges, nor those before slot 1.
         width = lookback + 2
-        of_age = np.bincount(row * width + np.minimum(age, lookback + 1), minlength=len(slot) * width)
-        free = np.arange(width) - of_age.reshape(-1, width).cumsum(axis=1)
-        free[(np.arange(width) >= slot) | (np.arange(width) > lookback)] = NOT_OPEN
-        fits = np.minimum.accumulate(free[:, ::-1], axis=1)[:, ::-1]
-        of_sequence: Ints = np.take_along_axis(fits, np.minimum(sequences.age, lookback + 1), 1)
+        of_age = np.bincount(row * width + np.minimum(age, lookback + 1), minlength=len(sequences.slot) * width)
+        last_slots = np.arange(width)
+        free = last_slots - of_age.reshape(-1, width).cumsum(axis=1)
+        np.putmask(free, last_slots >= np.minimum(sequences.slot, lookback + 1)[:, None], NOT_OPEN)
+        # The last ranges first, so that a running minimum covers all longer ranges.
+        fits = np.minimum.accumulate(free[:, ::-1], axis=1)
+        place = (lookback + 1) - np.minimum(sequences.age, lookback + 1)
+        place += np.arange(0, fits.size, width)[:, None]
+        of_sequence: Ints = fits.ravel().take(place)
         return of_sequence
 
-    def _due_ages(self, slots: Ints, due: Ints, lookback: int) -> tuple[Ints, Ints]:
+    def _due_ages(self, sequences: _OpenSequences, due: Ints, lookback: int) -> tuple[Ints, Ints]:
         """Return row and age of all due sequences that are released in the last `lookback` slots before some slots.
 
         Args:
-            slots: a slot for each row; shape (n,).
-            due: sequences of each domain; shape (n, K).
+            sequences: the open sequences before the slots.
+            due: due sequences of the domains that count, 0 for others; shape (n, K).
         """
-        released = (self.lag + self.rate * (slots[:, None] - lookback) + (UNIT - 1)) >> BITS
-        num_late = (due - np.minimum(np.maximum(released, 0), due)).ravel()
+        # With a remainder f, ⌊w L - f⌋ due sequences are released in the last L slots.
+        num_late = (self.rate * lookback - sequences.remainder) >> BITS
+        num_late = np.minimum(np.maximum(num_late, 0), due).ravel()
         cell = np.arange(len(num_late)).repeat(num_late)
-        nth = np.arange(len(cell)) - (num_late.cumsum() - due.ravel()).repeat(num_late)
+        # The latest sequence of each domain has number 1.
+        number = np.arange(1, len(cell) + 1) - (num_late.cumsum() - num_late).take(cell)
         row, domain = np.divmod(cell, len(self.lag))
-        return row, slots[row] - (nth * UNIT - self.lag[domain]) // self.rate[domain]
+        age: Ints = -((number * UNIT + sequences.remainder.ravel().take(cell)) // self._negative_rate.take(domain))
+        return row, age

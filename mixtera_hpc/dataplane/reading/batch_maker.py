@@ -16,7 +16,7 @@ from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
 from mixtera_hpc.core.packing.micro_batches import cut_by_budget, fill_micro_batches
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
-from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
@@ -143,21 +143,20 @@ class BatchMaker:
         else:
             # The number of micro-batches is that of the rank that needs most.
             whole = self._slots_of(plan, data_steps, BatchSlice())
-            costs = slot_costs(self._source, self._documents, whole)
+            costs = slot_costs(self._source, self._documents, whole.steps())
             micro_batches = [
                 self._rows_of_micro_batches(of_step, size) for of_step, size in zip(costs, sizes, strict=True)
             ]
             own = [self._slice.positions(size) for size in sizes]
-            slots = [of_step.select(positions) for of_step, positions in zip(whole, own, strict=True)]
-        domain = np.concatenate([of_step.domain for of_step in slots])
-        number = self._source.lanes.sequences(slots)
-        ends = np.cumsum([len(of_step.domain) for of_step in slots]).tolist()
+            slots = StepSlots.of_steps([s.select(positions) for s, positions in zip(whole.steps(), own, strict=True)])
+        domain = slots.together.domain
+        number = self._source.lanes.sequences(slots.together)
         return [
             _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
-            for step, size, (begin, end), rows in zip(steps, sizes, pairwise([0, *ends]), micro_batches, strict=True)
+            for step, size, (begin, end), rows in zip(steps, sizes, pairwise(slots.borders), micro_batches, strict=True)
         ]
 
-    def _slots_of(self, plan: ChunkPlan, data_steps: Sequence[int], batch_slice: BatchSlice) -> list[Slots]:
+    def _slots_of(self, plan: ChunkPlan, data_steps: Sequence[int], batch_slice: BatchSlice) -> StepSlots:
         order = self._order_of(plan)
         return slots_of_steps(self._source, order, plan.first_step, data_steps, batch_slice, self._documents)
 

@@ -7,6 +7,7 @@ any number of ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from mixtera_hpc.config.packing.check_packing import balance_group
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import balance_slots
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
@@ -27,7 +29,7 @@ Ints = NDArray[np.int64]
 
 def planned_slots(
     source: Source, order: ChunkOrder, first_step: int, steps: Sequence[int], positions: Sequence[slice]
-) -> list[Slots]:
+) -> StepSlots:
     """Return the sequences at some positions of the batches of a chunk, in the order of the plan and the lanes.
 
     Args:
@@ -38,16 +40,20 @@ def planned_slots(
         positions: of each batch; both ends are given.
     """
     schedule = source.planner.batch_schedule
-    begins = [schedule.slots(first_step, step) for step in steps]
+    sizes = [schedule.size_at(step) for step in steps]
+    if len(steps) and steps[-1] - steps[0] == len(steps) - 1:
+        # Nearly always a step begins where the one before it ends.
+        borders = list(accumulate(sizes, initial=schedule.slots(first_step, steps[0])))
+        begins = borders[:-1]
+    else:
+        begins = [schedule.slots(first_step, step) for step in steps]
+        borders = begins + [begin + size for begin, size in zip(begins, sizes, strict=True)]
     if source.lanes.lanes == 1:
         # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
-        return order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
-    first_slots = np.array(begins, np.int64)
-    sizes = np.array([schedule.size_at(step) for step in steps], np.int64)
-    # Nearly always a step begins where the one before it ends.
-    borders, number = np.unique(np.concatenate([first_slots, first_slots + sizes]), return_inverse=True)
-    counts = order.cursors + order.counts_before(borders)
-    return source.lanes.positions(counts[number[: len(steps)]], counts[number[len(steps) :]], positions)
+        slots = order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
+        return StepSlots.of_steps(slots)
+    counts = order.cursors + order.counts_before(np.array(borders, np.int64))
+    return source.lanes.positions(counts[: len(steps)], counts[-len(steps) :], positions)
 
 
 def slots_of_steps(
@@ -57,7 +63,7 @@ def slots_of_steps(
     steps: Sequence[int],
     batch_slice: BatchSlice,
     documents: SequenceDocuments,
-) -> list[Slots]:
+) -> StepSlots:
     """Return the domains and served numbers of the sequences that a rank gets of the batches of a chunk.
 
     Args:
@@ -70,7 +76,8 @@ def slots_of_steps(
     """
     plane = source.config.dataplane
     sizes = [source.planner.batch_schedule.size_at(step) for step in steps]
-    positions = [batch_slice.positions(size) for size in sizes]
+    part_of = {size: batch_slice.positions(size) for size in set(sizes)}
+    positions = [part_of[size] for size in sizes]
     if plane.balance != ("attention" if source.layout.in_tokens else "cost"):
         return planned_slots(source, order, first_step, steps, positions)
     # Whole groups of positions are ordered together.
@@ -79,9 +86,10 @@ def slots_of_steps(
         slice(own.start // group * group, -(-own.stop // group) * group)
         for own, group in zip(positions, groups, strict=True)
     ]
-    balanced = balance_slots(source, documents, groups, planned_slots(source, order, first_step, steps, around))
+    planned = planned_slots(source, order, first_step, steps, around)
+    balanced = balance_slots(source, documents, groups, planned.steps())
     inside = [slice(own.start - p.start, own.stop - p.start) for own, p in zip(positions, around, strict=True)]
-    return [slots.select(own) for slots, own in zip(balanced, inside, strict=True)]
+    return StepSlots.of_steps([slots.select(own) for slots, own in zip(balanced, inside, strict=True)])
 
 
 def slots_of_plan(source: Source, plan: ChunkPlan, documents: SequenceDocuments | None = None) -> Slots:
@@ -95,11 +103,7 @@ def slots_of_plan(source: Source, plan: ChunkPlan, documents: SequenceDocuments 
     order = source.planner.order(plan)
     documents = SequenceDocuments(source, source.streams()) if documents is None else documents
     data_steps = range(plan.first_step, plan.first_step + plan.num_steps)
-    steps = slots_of_steps(source, order, plan.first_step, data_steps, BatchSlice(), documents)
-    return Slots(
-        domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
-        ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
-    )
+    return slots_of_steps(source, order, plan.first_step, data_steps, BatchSlice(), documents).together
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.packing.balance import attention_costs, balanced_order
 from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 
@@ -55,8 +56,9 @@ def slot_costs(source: Source, documents: SequenceDocuments, steps: Sequence[Slo
     The attention cost of a sequence is the sum of the squares of its document lengths, an integer; the cost of a sample
     is its `dataplane.sample_cost`, a float.
     """
-    domain = np.concatenate([slots.domain for slots in steps])
-    number = source.lanes.sequences(steps)
+    slots = StepSlots.of_steps(steps)
+    domain = slots.together.domain
+    number = source.lanes.sequences(slots.together)
     order = np.lexsort((number, domain))
     parts = documents.documents(domain[order], number[order])
 
@@ -69,4 +71,4 @@ def slot_costs(source: Source, documents: SequenceDocuments, steps: Sequence[Slo
         sorted_costs = documents.sample_costs(parts)
     costs = np.empty_like(sorted_costs)
     costs[order] = sorted_costs
-    return np.split(costs, np.cumsum([len(slots.domain) for slots in steps])[:-1])
+    return np.split(costs, slots.borders[1:-1])

@@ -1,0 +1,36 @@
+"""The sequences of consecutive steps in one array each, and where every step begins in them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from mixtera_hpc.core.slots.segment_order import Slots
+
+__all__ = ["StepSlots"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSlots:
+    """The sequences of some steps, one step after the other."""
+
+    together: Slots
+    """The sequences of all steps."""
+    borders: Sequence[int]
+    """First sequence of every step, then the number of all; shape (num_steps + 1,)."""
+
+    @classmethod
+    def of_steps(cls, steps: Sequence[Slots]) -> "StepSlots":
+        """Join the sequences of some steps. Only if all of them have `Slots.sequence`, the result has it."""
+        sequence = [slots.sequence for slots in steps if slots.sequence is not None]
+        together = Slots(
+            domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
+            ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
+            sequence=np.concatenate([np.zeros(0, np.int64), *sequence]) if len(sequence) == len(steps) else None,
+        )
+        return cls(together, list(accumulate((len(slots.domain) for slots in steps), initial=0)))
+
+    def steps(self) -> list[Slots]:
+        """Return the sequences of each step."""
+        return [self.together.select(slice(begin, end)) for begin, end in pairwise(self.borders)]
