@@ -211,10 +211,10 @@ def _recorded_reads(source: Source, num_steps: int) -> Reads:
     descriptors = [os.open(root / path, os.O_RDONLY) for path in source.index.shard_paths]
     original = ReadPlan.__init__
 
-    def record(self: Any, shards: Any, starts: Any, lengths: Any) -> None:
+    def record(self: Any, shards: Any, starts: Any, lengths: Any, rows: Any) -> None:
         places = zip(shards.tolist(), starts.tolist(), lengths.tolist(), strict=True)
         reads.append([(descriptors[shard], start, length) for shard, start, length in places])
-        original(self, shards, starts, lengths)
+        original(self, shards, starts, lengths, rows)
 
     ReadPlan.__init__ = record  # type: ignore[method-assign]
     try:

@@ -149,7 +149,7 @@ class BatchMaker:
             ]
             own = [self._slice.positions(size) for size in sizes]
             slots = StepSlots.of_steps([s.select(positions) for s, positions in zip(whole.steps(), own, strict=True)])
-        domain = slots.together.domain
+        domain = slots.together.domain.astype(np.int64)
         number = self._source.lanes.sequences(slots.together)
         return [
             _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
@@ -178,12 +178,11 @@ class BatchMaker:
 
     def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""
-        if all(content.is_padding.all() for content in steps):
+        if not any(content.num_sequences for content in steps):
             return [self._padding(plan, content) for content in steps]
-        domain = np.concatenate([content.domain_ids for content in steps])
-        sequence = np.concatenate([content.sequence for content in steps])
-        served = np.flatnonzero(domain >= 0)
-        documents = self._documents.documents(domain[served], sequence[served])
+        domain = np.concatenate([content.domain_ids[: content.num_sequences] for content in steps])
+        sequence = np.concatenate([content.sequence[: content.num_sequences] for content in steps])
+        documents = self._documents.documents(domain, sequence)
         if self._source.layout.in_tokens:
             return self._token_batches(plan, steps, documents)
         return self._sample_batches(plan, steps, documents, self._reader.samples(documents))
@@ -195,8 +194,8 @@ class BatchMaker:
 
     def _output_of(self, content: StepContent) -> SequenceOutput:
         """Return where the sequences of a step are written."""
-        count = int(np.count_nonzero(content.domain_ids >= 0))
-        return SequenceOutput(count, len(content.domain_ids), self.shared_arrays.get(content.step))
+        memory = self.shared_arrays.get(content.step)
+        return SequenceOutput(content.num_sequences, len(content.domain_ids), memory)
 
     def _sample_batches(
         self, plan: ChunkPlan, steps: list[StepContent], documents: Documents, samples: RawSamples
@@ -205,20 +204,24 @@ class BatchMaker:
         first = 0
         for content in steps:
             count = len(content.domain_ids)
-            stop = first + int(np.count_nonzero(content.domain_ids >= 0))
-            numbers = np.arange(first, stop)
-            first = stop
-            payloads = samples.take(numbers)
-            # Padding is at the end of a batch.
-            payloads += [None] * (count - len(payloads))
+            payloads = samples.take(content.num_sequences)
+            payloads += [None] * (count - content.num_sequences)
             batch = self._batch(plan, content, payloads=payloads, **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
-                batch = self._transformed(self._transform, batch, documents, numbers)
+                batch = self._transformed(self._transform, batch, documents, first)
+            first += content.num_sequences
             yield batch
 
-    def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> Batch:
-        """Return a batch with samples as `data.transform` makes them, in micro-batches if it gives their costs."""
+    def _transformed(self, transform: Transform, batch: Batch, documents: Documents, first: int) -> Batch:
+        """Return a batch with samples as `data.transform` makes them, in micro-batches if it gives their costs.
+
+        Args:
+            transform: the function.
+            batch: the raw samples.
+            documents: those of several batches.
+            first: position of the first sample among these documents.
+        """
         plane = self._source.config.dataplane
         budget = plane.sample_budget if plane.sample_cost == COST_OF_TRANSFORM else None
         index = self._source.index
@@ -226,7 +229,7 @@ class BatchMaker:
         samples: list[Any] = [None] * len(batch.positions)
         costs = np.zeros(len(batch.positions))
         for row in np.flatnonzero(~batch.is_padding).tolist():
-            number = numbers[row]
+            number = first + row
             block = int(documents.block[number])
             shard = index.shard_paths[int(blocks.shard[block])]
             served = ServedSample(
@@ -263,10 +266,11 @@ class BatchMaker:
                 digests = batch_digests(fields["tokens"], content.is_padding, sequence_digest)
             else:
                 digests = batch_digests(payloads, content.is_padding, sample_digest)
+        size = len(content.domain_ids)
         return Batch(
             step=content.step,
             domain_ids=content.domain_ids,
-            positions=np.arange(len(content.domain_ids)) + self._slice.group * len(content.domain_ids),
+            positions=np.arange(self._slice.group * size, (self._slice.group + 1) * size),
             payloads=payloads,
             digests=digests,
             chunk=plan.chunk,
@@ -277,16 +281,16 @@ class BatchMaker:
 
 
 def _content_of(
-    step: int, size: int, domain: NDArray[np.int32], number: Ints, micro_batches: tuple[slice, ...]
+    step: int, size: int, domain: Ints, number: Ints, micro_batches: tuple[slice, ...]
 ) -> StepContent:
     """Return the content of a step; the last step of the data may have fewer sequences than `size`."""
     if len(domain) == size:
-        return StepContent(step, domain.astype(np.int64), number, micro_batches)
+        return StepContent(step, size, domain, number, micro_batches)
     domain_ids = np.full(size, -1, np.int64)
     sequence = np.full(size, -1, np.int64)
     domain_ids[: len(domain)] = domain
     sequence[: len(domain)] = number
-    return StepContent(step, domain_ids, sequence, micro_batches)
+    return StepContent(step, len(domain), domain_ids, sequence, micro_batches)
 
 
 def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:

@@ -43,17 +43,21 @@ class RawSamples:
         self._reader = reader
         self._documents = documents
         self._decoder = read.decoder
-        self._rows = dict(zip(numbers.tolist(), read.rows, strict=True))
-        """Number of the document → its row, of those that were not taken."""
+        self._rows = take(read.rows, inverse(numbers))
+        """The rows of the documents that were not taken."""
+        self._num_taken = 0
 
-    def take(self, numbers: NDArray[np.intp]) -> list[Any]:
-        """Return the samples of some documents.
+    def take(self, count: int) -> list[Any]:
+        """Return the samples of the next `count` documents.
 
         Raises:
             DataError: the shard of a sample is damaged.
         """
         # The memory of the bytes is free for the objects of the next batch.
-        rows = list(map(self._rows.pop, numbers.tolist()))
+        rows = self._rows[:count]
+        del self._rows[:count]
+        numbers = slice(self._num_taken, self._num_taken + count)
+        self._num_taken += count
         if self._decoder is None:
             self._reader.place.enter(PACK)
             return rows
@@ -143,7 +147,7 @@ class DocumentReader:
     def texts(self, documents: Documents) -> list[Any]:
         """Return the texts of `documents`, or their token ids where a shard holds these."""
         texts, numbers = self._read_rows(documents, raw=False)
-        return take(texts.rows, np.argsort(numbers))
+        return take(texts.rows, inverse(numbers))
 
     def close(self) -> None:
         """Close every shard."""
@@ -160,4 +164,11 @@ class DocumentReader:
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:
     """Return the items at `positions`."""
-    return list(map(items.__getitem__, positions.tolist()))
+    return [items[position] for position in positions.tolist()]
+
+
+def inverse(permutation: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the position of every number in a permutation of 0, 1, …"""
+    positions = np.empty_like(permutation)
+    positions[permutation] = np.arange(len(permutation))
+    return positions

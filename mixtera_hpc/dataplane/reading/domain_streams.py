@@ -100,9 +100,17 @@ class Documents:
 
     def select(self, chosen: NDArray[np.intp] | slice) -> "Documents":
         """Return some of the documents."""
-        return Documents(
+        documents = Documents(
             windows=self.windows, number=self.number[chosen], first=self.first[chosen], last=self.last[chosen]
         )
+        # Columns in memory are small. Those of all windows are not in the processor's cache.
+        for name in _COLUMNS & self.__dict__.keys():
+            documents.__dict__[name] = self.__dict__[name][chosen]
+        return documents
+
+
+_COLUMNS = {"block", "row", "size", "offset", "length", "window", "place"}
+"""Columns of `Documents` with one value per document that does not depend on the other documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,13 +273,15 @@ class DomainStreams:
         """Return domain, epoch, and first and last item in the base order of the epoch, of the parts of spans."""
         items = self._epoch_items[domain]
         epoch = starts // items
-        last_epoch = (stops - 1) // items
-        if (last_epoch > epoch).any():
-            count = last_epoch - epoch + 1
+        epoch_start = epoch * items
+        begin = starts - epoch_start
+        end = stops - epoch_start
+        if (end > items).any():
+            count = (end - 1) // items + 1
             epoch = concatenated_ranges(epoch, count)
             domain, starts, stops, items = (np.repeat(values, count) for values in (domain, starts, stops, items))
-        begin = np.maximum(starts - epoch * items, 0)
-        end = np.minimum(stops - epoch * items, items)
+            begin = np.maximum(starts - epoch * items, 0)
+            end = np.minimum(stops - epoch * items, items)
         if not len(self._served_domains) or not np.isin(domain, self._served_domains).any():
             return domain, epoch, begin, end
 
@@ -286,13 +296,14 @@ class DomainStreams:
     def _window_parts(self, domain: Ints, epoch: Ints, begin: Ints, end: Ints) -> _WindowParts:
         """Cut spans of epochs at the borders of windows, and build the windows that are not in memory."""
         spans = self._orders.find(domain, epoch, begin, end)
-        missing = self._orders.missing(spans)
-        if len(missing):
+        window = self._orders.window[spans.cell]
+        if (window < 0).any():
+            missing = self._orders.missing(spans)
             first = len(self._windows)
             build_windows(self._layout, self._samples, self._orders.window_keys(missing), self._windows)
             self._orders.window[missing] = np.arange(first, len(self._windows))
             self._windows.use(self._orders.window[missing], self._num_lookups)
-        window = self._orders.window[spans.cell]
+            window = self._orders.window[spans.cell]
         self._windows.use(window, self._num_lookups)
         return _WindowParts(window, spans.begin, spans.end)
 
@@ -300,6 +311,10 @@ class DomainStreams:
         """Return the documents that cover each part in turn."""
         table = self._windows
         covered, count = table.cover(parts.window, parts.begin, parts.end)
+        if table.has_unit_items:
+            # Every document is wanted as a whole. Nearly always a part is one document.
+            number = covered if (count == 1).all() else concatenated_ranges(covered, count)
+            return Documents(windows=table, number=number, first=np.zeros_like(number), last=np.ones_like(number))
         number = concatenated_ranges(covered, count)
         # All documents are wanted as a whole, but the first and the last one of each part.
         last = table.items(number)

@@ -112,6 +112,8 @@ class StepContent:
 
     step: int
     """Training step."""
+    num_sequences: int
+    """Rows of the batch that are sequences; those behind them are padding."""
     domain_ids: NDArray[np.int64]
     """Domain of each row of the batch; -1 for padding."""
     sequence: Ints

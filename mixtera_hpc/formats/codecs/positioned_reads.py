@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.shard_errors import open_shard
 
-__all__ = ["OpenShard", "merge_nearby", "read_each_fully", "read_fully", "row_byte_ranges"]
+__all__ = ["OpenShard", "merge_nearby", "read_borders", "read_each_fully", "read_fully", "row_byte_ranges"]
 
 MAX_GAP_BYTES = 32 << 10
 """Largest number of bytes between two rows that are read in one call, together with these bytes."""
@@ -79,6 +79,13 @@ def merge_nearby(
     Returns:
         Bounds of the groups: rows [bounds[i], bounds[i + 1]) are read in call i.
     """
+    return np.flatnonzero(read_borders(starts, stops, files)) if len(starts) else np.zeros(1, np.intp)
+
+
+def read_borders(
+    starts: NDArray[np.int64], stops: NDArray[np.int64], files: NDArray[np.integer[Any]] | None = None
+) -> NDArray[np.bool_]:
+    """Return a mask of the rows that begin a call, see `merge_nearby`, followed by True; shape (n + 1,)."""
     # Rows of other domains lie between those of one domain. Close the smallest gaps first, and only so many that all
     # reads together have at most 1 + MAX_UNUSED times the bytes of the rows.
     gaps = starts[1:] - stops[:-1]
@@ -91,9 +98,9 @@ def merge_nearby(
     budget = MAX_UNUSED * int((stops - starts).sum())
     num_closed = int(np.searchsorted(np.cumsum(near_gaps[ascending]), budget, side="right"))
 
-    is_break = np.ones(len(starts) + 1, np.bool_)
-    is_break[near[ascending[:num_closed]] + 1] = False
-    return np.flatnonzero(is_break) if len(starts) else np.zeros(1, np.intp)
+    is_border = np.ones(len(starts) + 1, np.bool_)
+    is_border[near[ascending[:num_closed]] + 1] = False
+    return is_border
 
 
 def row_byte_ranges(

@@ -10,6 +10,8 @@ __all__ = ["GrowingColumns", "concatenated_ranges", "narrow_type", "search"]
 
 Ints = NDArray[np.int64]
 MIN_CAPACITY = 1024
+MIN_SORTED_SEARCH = 1 << 15
+"""Values from which on sorting the keys takes less time than it saves: 30 µs for 2,048 keys in both cases."""
 
 
 class GrowingColumns:
@@ -69,7 +71,12 @@ def concatenated_ranges(first: NDArray[np.integer[Any]], count: NDArray[np.integ
 
 
 def search(values: Ints, keys: Ints, side: Literal["left", "right"]) -> Ints:
-    """Return `np.searchsorted`. Keys in ascending order are found twice as fast, because they are near each other."""
+    """Return `np.searchsorted`, for many keys.
+
+    Among many values, keys in ascending order are found faster, because they are near each other.
+    """
+    if len(values) < MIN_SORTED_SEARCH:
+        return np.searchsorted(values, keys, side=side)
     order = np.argsort(keys)
     positions = np.empty(len(keys), np.int64)
     positions[order] = np.searchsorted(values, keys[order], side=side)

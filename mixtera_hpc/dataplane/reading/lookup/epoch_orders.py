@@ -65,8 +65,10 @@ class EpochOrders:
 
     def can_hold(self, domain: Ints, epoch: Ints) -> bool:
         """Return whether all these epochs can be in memory together."""
-        chosen = np.full(len(self._epoch), -1, np.int64)
         slot = 2 * domain + (epoch & 1)
+        if (self._epoch[slot] == epoch).all():
+            return True
+        chosen = np.full(len(self._epoch), -1, np.int64)
         chosen[slot] = epoch
         return bool((chosen[slot] == epoch).all())
 
@@ -103,10 +105,8 @@ class EpochOrders:
         return WindowSpans(cell, begin - start, end - start)
 
     def missing(self, spans: WindowSpans) -> Ints:
-        """Return the cells of spans whose windows are not in memory; if there are any, also those needed soon."""
+        """Return the cells of spans whose windows are not in memory, and of those needed soon; there are some."""
         missing = spans.cell[self.window[spans.cell] < 0]
-        if not len(missing):
-            return missing
         following = spans.cell + 1
         num_remaining = self._keys[following] - self._keys[spans.cell] - spans.end
         is_needed_soon = num_remaining < READS_AHEAD * (spans.end - spans.begin)

@@ -53,7 +53,7 @@ class WindowTable:
             has_unit_items: whether every document has one item.
         """
         self._types = types
-        self._has_unit_items = has_unit_items
+        self.has_unit_items = has_unit_items
         stops: dict[str, DTypeLike] = {} if has_unit_items else {"stop": np.int64}
         # `stop` counts the items of all windows up to the end of a document, so that one binary search serves all.
         self._columns = GrowingColumns({"block": np.int32, **types, **stops})
@@ -131,7 +131,7 @@ class WindowTable:
         """Return a table of some of the windows, in this order."""
         counts = self._counts()[windows]
         chosen = concatenated_ranges(self._windows["first"][windows], counts)
-        table = WindowTable(self._types, has_unit_items=self._has_unit_items)
+        table = WindowTable(self._types, has_unit_items=self.has_unit_items)
         table.append(
             [self._keys[number] for number in windows.tolist()],
             counts,
@@ -140,7 +140,7 @@ class WindowTable:
                 row=self._columns["row"][chosen],
                 offset=self._columns["offset"][chosen],
                 length=self._columns["length"][chosen],
-                items=None if self._has_unit_items else self.items(chosen),
+                items=None if self.has_unit_items else self.items(chosen),
             ),
         )
         table._windows["last_use"][:] = self._windows["last_use"][windows]
@@ -155,7 +155,7 @@ class WindowTable:
             end: one past the last item; greater than `begin`.
         """
         first_item = self._windows["first_item"][windows]
-        if self._has_unit_items:
+        if self.has_unit_items:
             return first_item + begin, end - begin
         stops = self._columns["stop"]
         first = search(stops, first_item + begin, side="right")
@@ -164,7 +164,7 @@ class WindowTable:
 
     def items(self, documents: Ints) -> Ints:
         """Return the items of each document."""
-        if self._has_unit_items:
+        if self.has_unit_items:
             return np.ones(len(documents), np.int64)
         stops = self._columns["stop"]
         items: Ints = stops[documents] - stops[documents - 1]
@@ -172,7 +172,7 @@ class WindowTable:
 
     def item_starts(self, windows: Ints, documents: Ints) -> Ints:
         """Return the first item of documents, counted from the start of their windows."""
-        before = documents if self._has_unit_items else self._columns["stop"][documents - 1]
+        before = documents if self.has_unit_items else self._columns["stop"][documents - 1]
         starts: Ints = before - self._windows["first_item"][windows]
         return starts
 

@@ -4,13 +4,12 @@ Most rows of a shuffled stream have a read of their own, whose bytes are the row
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
-from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby
+from mixtera_hpc.formats.codecs.positioned_reads import read_borders
 
 __all__ = ["FileReads", "ReadPlan"]
 
@@ -22,8 +21,9 @@ class FileReads(NamedTuple):
 
     shard: int
     first_row: int
-    """Position of its first row among all rows."""
-    row_stop: int
+    """Number in the shard of the first row that is read."""
+    last_row: int
+    """Number in the shard of the last row that is read."""
     first_single: int
     """Number of its first read of a single row."""
     single_stop: int
@@ -35,53 +35,65 @@ class FileReads(NamedTuple):
 class ReadPlan:
     """The positioned reads of some rows: those of single rows, and those of several rows."""
 
-    def __init__(self, shards: NDArray[np.int32], starts: Ints, lengths: Ints) -> None:
+    def __init__(self, shards: NDArray[np.int32], starts: Ints, lengths: Ints, rows: NDArray[np.integer[Any]]) -> None:
         """Plan reads of rows that are sorted by shard and by their first byte.
 
         Args:
             shards: shard of each row.
             starts: first byte of each row inside its shard.
             lengths: bytes of each row.
+            rows: number of each row in its shard.
         """
         stops = starts + lengths
-        bounds = merge_nearby(starts, stops, shards)
-        first = bounds[:-1]
-        num_rows = bounds[1:] - first
-        is_shared = num_rows > 1
-        single = first[~is_shared]
-        first_shared = first[is_shared]
-        shared = concatenated_ranges(first_shared, num_rows[is_shared])
+        is_border = read_borders(starts, stops, shards)
+        is_first = is_border[:-1]
+        is_single = is_first & is_border[1:]
+        single = np.flatnonzero(is_single)
+        shared = np.flatnonzero(~is_single)
         self.positions = np.concatenate([single, shared])
         """Position of each row among those requested: rows with a read of their own, then the others."""
+        sizes = lengths[single]
         self.offsets: list[int] = starts[single].tolist()
         """First byte of each read of a single row."""
-        self.sizes: list[int] = lengths[single].tolist()
-        self._plan_shared(starts, stops, first_shared, shared)
+        self.sizes: list[int] = sizes.tolist()
+        self.num_bytes = int(sizes.sum())
+        """Bytes of all reads of a single row."""
+        border = np.flatnonzero(is_first[shared])
+        self._plan_shared(starts[shared], stops[shared], border)
+        self._plan_files(shards, rows, single, shared[border])
 
-        # For each file: the range of its rows, of its reads of single rows, and of its reads of several rows.
-        is_border = np.ones(len(shards) + 1, np.bool_)
-        np.not_equal(shards[1:], shards[:-1], out=is_border[1:-1])
-        row_borders = np.flatnonzero(is_border)
-        fields = [shards[row_borders[:-1]].tolist()]
-        for borders in (row_borders, np.searchsorted(single, row_borders), np.searchsorted(first_shared, row_borders)):
-            fields += [borders[:-1].tolist(), borders[1:].tolist()]
-        # Without the Python code of a named tuple's constructor: there may be as many files as rows.
-        self.files = list(map(partial(tuple.__new__, FileReads), zip(*fields, strict=True)))
-
-    def _plan_shared(self, starts: Ints, stops: Ints, first: NDArray[np.intp], rows: Ints) -> None:
-        """Plan the reads of several rows each, given the first row of each read and all of their rows."""
-        borders = np.searchsorted(rows, first)
-        self.shared_offsets: list[int] = starts[first].tolist()
-        """First byte of each read of several rows."""
+    def _plan_shared(self, starts: Ints, stops: Ints, first: NDArray[np.intp]) -> None:
+        """Plan the reads of several rows each, given the byte range of each of their rows, and the first of each."""
+        read_starts = starts[first]
         # Rows may repeat, so the last row of a read is not always the one that ends last.
-        ends = np.maximum.reduceat(stops[rows], borders) if len(first) else first
-        self.shared_sizes: list[int] = (ends - starts[first]).tolist()
-        self.shared_borders: list[int] = [*borders.tolist(), len(rows)]
+        sizes = np.maximum.reduceat(stops, first) - read_starts if len(first) else first
+        self.shared_offsets: list[int] = read_starts.tolist()
+        """First byte of each read of several rows."""
+        self.shared_sizes: list[int] = sizes.tolist()
+        self.num_shared_bytes = int(sizes.sum())
+        """Bytes of all reads of several rows."""
+        borders = np.append(first, len(starts))
+        self.shared_borders: list[int] = borders.tolist()
         """First row of each of these reads among all of their rows, and the number of these rows."""
-        read = np.repeat(np.arange(len(first)), np.diff(self.shared_borders))
+        read = np.repeat(np.arange(len(first)), np.diff(borders))
         self.read_of_row: list[int] = read.tolist()
         """Number of the read of each of these rows."""
-        read_starts = starts[first][read]
-        self.row_starts: list[int] = (starts[rows] - read_starts).tolist()
+        shift = read_starts[read]
+        self.row_starts: list[int] = (starts - shift).tolist()
         """First byte of each of these rows inside its read."""
-        self.row_stops: list[int] = (stops[rows] - read_starts).tolist()
+        self.row_stops: list[int] = (stops - shift).tolist()
+
+    def _plan_files(
+        self, shards: NDArray[np.int32], rows: NDArray[np.integer[Any]], single: Ints, first_shared: Ints
+    ) -> None:
+        """List the reads of each file, given the positions of rows with a read, and of the first rows of shared ones."""
+        borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+        first = np.concatenate([np.zeros(min(len(shards), 1), np.intp), borders])
+        stop = np.append(first[1:], len(shards))
+        self.shards = shards[first]
+        """Number of each file."""
+        fields = [self.shards, rows[first], rows[stop - 1]]
+        for reads in (single, first_shared):
+            fields += [np.searchsorted(reads, first), np.searchsorted(reads, stop)]
+        # Without the Python code of a named tuple's constructor: there may be as many files as rows.
+        self.files = list(map(partial(tuple.__new__, FileReads), zip(*(f.tolist() for f in fields), strict=True)))

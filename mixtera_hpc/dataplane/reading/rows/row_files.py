@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 16
 
 DecodeRows = Callable[[Sequence[bytes]], list[Any]]
 EnterShard = Callable[[int, int, int], None]
-"""A function that gets the next shard, and the positions of its first and last row among those requested."""
+"""A function that gets the next shard, and the numbers of the first and the last row that are read of it."""
 
 
 class _OpenFile:
@@ -76,13 +76,13 @@ class RowFiles:
         shared: list[bytes] = []
         num_checked = 0
         for file in plan.files:
-            enter(file.shard, file.first_row, file.row_stop - 1)
+            enter(file.shard, file.first_row, file.last_row)
             descriptor = self._descriptor(file.shard)
             for begin in range(file.first_single, file.single_stop, at_once):
                 own = slice(begin, min(begin + at_once, file.single_stop))
                 single += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
                 if len(single) >= at_once:
-                    _check_sizes(single, plan.sizes[num_checked : own.stop])
+                    _check_sizes(single, sum(plan.sizes[num_checked : own.stop]))
                     num_checked = own.stop
                     yield False, decode(single)
                     single = []
@@ -94,7 +94,7 @@ class RowFiles:
                         yield True, decode(shared)
                         shared = []
         if single:
-            _check_sizes(single, plan.sizes[num_checked:])
+            _check_sizes(single, sum(plan.sizes[num_checked:]))
             yield False, decode(single)
         if shared:
             yield True, decode(shared)
@@ -110,15 +110,15 @@ class RowFiles:
         rows: list[bytes] = []
         shared: list[bytes] = []
         # There may be as many files as rows, so little is done for each.
-        for shard, first_row, row_stop, first, stop, first_shared, shared_stop in plan.files:
-            enter(shard, first_row, row_stop - 1)
+        for shard, first_row, last_row, first, stop, first_shared, shared_stop in plan.files:
+            enter(shard, first_row, last_row)
             descriptor = repeat(self._descriptor(shard))
             rows += map(os.pread, descriptor, plan.sizes[first:stop], plan.offsets[first:stop])
             if first_shared < shared_stop:
                 own = slice(first_shared, shared_stop)
                 shared += map(os.pread, descriptor, plan.shared_sizes[own], plan.shared_offsets[own])
-        _check_sizes(rows, plan.sizes)
-        _check_sizes(shared, plan.shared_sizes)
+        _check_sizes(rows, plan.num_bytes)
+        _check_sizes(shared, plan.num_shared_bytes)
         places = zip(plan.read_of_row, plan.row_starts, plan.row_stops, strict=True)
         rows += [shared[read][start:end] for read, start, end in places]
         return rows
@@ -163,9 +163,9 @@ class RowFiles:
         os.close(file.descriptor)
 
 
-def _check_sizes(contents: Sequence[bytes], sizes: Sequence[int]) -> None:
+def _check_sizes(contents: Sequence[bytes], num_bytes: int) -> None:
     """Raise EOFError if a read is too short."""
-    if sum(map(len, contents)) != sum(sizes):
+    if sum(map(len, contents)) != num_bytes:
         raise EOFError
 
 
@@ -177,7 +177,7 @@ def _rows_of_reads(descriptor: int, plan: ReadPlan, reads: range, at_once: int) 
     """
     sizes = plan.shared_sizes[reads.start : reads.stop]
     contents = list(map(os.pread, repeat(descriptor), sizes, plan.shared_offsets[reads.start : reads.stop]))
-    _check_sizes(contents, sizes)
+    _check_sizes(contents, sum(sizes))
     stop = plan.shared_borders[reads.stop]
     for begin in range(plan.shared_borders[reads.start], stop, at_once):
         own = slice(begin, min(begin + at_once, stop))

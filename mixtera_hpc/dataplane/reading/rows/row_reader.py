@@ -164,7 +164,6 @@ class RowReader:
     def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool) -> ReadRows:
         """Read rows of shards of one kind."""
         if kind >= FIRST_DECODER:
-            self._guard.use(shards)
             try:
                 return self._read_from_files(self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw)
             except (OSError, EOFError, ValueError) as error:
@@ -185,13 +184,11 @@ class RowReader:
 
         Raw samples stay bytes. Texts are decoded at once, while they are in the cache.
         """
-        starts = self._source.blocks.offset[documents.block] + documents.offset
-        numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
-
-        def enter(shard: int, first: int, last: int) -> None:
-            self.place.enter(READ, shard, numbers[first], numbers[last])
-
-        plan = ReadPlan(shards, starts, documents.length)
+        blocks = self._source.blocks
+        starts = blocks.offset[documents.block] + documents.offset
+        plan = ReadPlan(shards, starts, documents.length, blocks.first_row[documents.block] + documents.row)
+        self._guard.use(plan.shards)
+        enter = partial(self.place.enter, READ)
         if raw:
             return ReadRows(self._files.read_raw(plan, enter), plan.positions, decoder)
         # Rows with a read of their own, and rows that share reads.
