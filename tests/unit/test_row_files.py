@@ -35,12 +35,19 @@ def files(tmp_path: Path) -> RowFiles:
 
 def read(files: RowFiles, places: list[tuple[int, int]], enter: Any = nothing) -> list[int]:
     """Return the rows at (file, row)."""
-    shards, rows = np.array(sorted(places)).T
-    lengths = np.full(len(rows), ROW_BYTES)
-    plan = ReadPlan(shards.astype(np.int32), rows * ROW_BYTES, lengths, rows)
+    plan = plan_of(places)
     groups = list(files.read(plan, decode, enter))
     values = [row for wanted in (False, True) for is_shared, rows in groups if is_shared == wanted for row in rows]
-    assert decode(files.read_raw(plan, nothing)) == values
+    return in_order(plan, values)
+
+
+def plan_of(places: list[tuple[int, int]]) -> ReadPlan:
+    shards, rows = np.array(sorted(places)).T
+    return ReadPlan(shards.astype(np.int32), rows * ROW_BYTES, np.full(len(rows), ROW_BYTES), rows)
+
+
+def in_order(plan: ReadPlan, values: list[int]) -> list[int]:
+    """Return values in the order of the requested rows."""
     return [value for _, value in sorted(zip(plan.positions.tolist(), values, strict=True))]
 
 
@@ -53,6 +60,8 @@ def test_rows_come_in_order_whether_or_not_they_share_a_read(files: RowFiles, sh
     entered = []
     rows = read(files, places, lambda *place: entered.append(place))
     assert rows == sorted(1000 * shard + row for shard, row in places)
+    plan = plan_of(places)
+    assert in_order(plan, decode(files.read_raw(plan, nothing))) == rows
     rows_of = {shard: [row for own, row in places if own == shard] for shard in sorted({shard for shard, _ in places})}
     assert entered == [(shard, min(rows), max(rows)) for shard, rows in rows_of.items()]
     files.close()

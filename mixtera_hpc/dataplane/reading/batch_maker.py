@@ -280,9 +280,7 @@ class BatchMaker:
         )
 
 
-def _content_of(
-    step: int, size: int, domain: Ints, number: Ints, micro_batches: tuple[slice, ...]
-) -> StepContent:
+def _content_of(step: int, size: int, domain: Ints, number: Ints, micro_batches: tuple[slice, ...]) -> StepContent:
     """Return the content of a step; the last step of the data may have fewer sequences than `size`."""
     if len(domain) == size:
         return StepContent(step, size, domain, number, micro_batches)

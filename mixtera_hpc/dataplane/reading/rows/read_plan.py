@@ -86,7 +86,7 @@ class ReadPlan:
     def _plan_files(
         self, shards: NDArray[np.int32], rows: NDArray[np.integer[Any]], single: Ints, first_shared: Ints
     ) -> None:
-        """List the reads of each file, given the positions of rows with a read, and of the first rows of shared ones."""
+        """List the reads of each file, given the first row of each read of one row, and of each read of several."""
         borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
         first = np.concatenate([np.zeros(min(len(shards), 1), np.intp), borders])
         stop = np.append(first[1:], len(shards))
