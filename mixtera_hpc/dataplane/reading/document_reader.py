@@ -43,8 +43,10 @@ class RawSamples:
         self._reader = reader
         self._documents = documents
         self._decoder = read.decoder
-        self._rows = take(read.rows, inverse(numbers))
-        """The rows of the documents that were not taken."""
+        self._rows = read.rows
+        """The rows; None in place of those that were taken."""
+        self._positions: list[int] = inverse(numbers).tolist()
+        """Position of each document's row."""
         self._num_taken = 0
 
     def take(self, count: int) -> list[Any]:
@@ -53,11 +55,12 @@ class RawSamples:
         Raises:
             DataError: the shard of a sample is damaged.
         """
-        # The memory of the bytes is free for the objects of the next batch.
-        rows = self._rows[:count]
-        del self._rows[:count]
         numbers = slice(self._num_taken, self._num_taken + count)
         self._num_taken += count
+        rows = [self._rows[position] for position in self._positions[numbers]]
+        # The memory of the bytes is free for the objects of the next batch.
+        for position in self._positions[numbers]:
+            self._rows[position] = None
         if self._decoder is None:
             self._reader.place.enter(PACK)
             return rows
