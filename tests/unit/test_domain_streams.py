@@ -13,6 +13,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.dataplane.reading import domain_streams
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
+from mixtera_hpc.dataplane.reading.lookup import columns
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
@@ -144,3 +145,25 @@ def test_a_lookup_of_many_streams_follows_the_order_of_each(
                 found[domain].append(place)
     for domain, of_domain in enumerate(expected):
         assert found[domain] == [place for place in of_domain if place[2]]
+
+
+@pytest.mark.parametrize("min_sorted_search", [0, 1 << 15])
+def test_spans_of_several_samples_hold_the_samples_one_by_one(
+    collection: list[str], min_sorted_search: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "MIN_SORTED_SEARCH", min_sorted_search)
+    source = open_source(compose([*collection, "mixture.unit=samples"]), Local())
+    streams = source.streams()
+    num_items = int(source.layout.epoch_items()[0])
+    # Several samples of an epoch, one sample, and samples of two epochs.
+    starts = np.array([num_items // 2, 1, num_items - 2])
+    stops = np.array([num_items // 2 + 3, 2, num_items + 3])
+    found = streams.documents_of(0, starts, stops)
+    items = [item for span in zip(starts, stops, strict=True) for item in range(*span)]
+    alone = [streams.documents(0, item, item + 1) for item in items]
+    for name in ("block", "row", "offset", "length", "wanted", "size"):
+        assert getattr(found, name).tolist() == [int(getattr(one, name)[0]) for one in alone]
+    # A selection has the same columns, whether or not they are in memory.
+    chosen = np.array([3, 0])
+    fresh = streams.documents_of(0, starts, stops).select(chosen)
+    assert found.select(chosen).row.tolist() == fresh.row.tolist() == found.row[chosen].tolist()
