@@ -24,6 +24,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.readers.megatron import MegatronReader
 from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
@@ -150,7 +151,8 @@ def test_the_batches_are_those_of_single_documents(change: list[str], overrides:
     assert rows == list(reference_rows(open_source(config, Local())))
 
 
-def test_text_and_stored_tokens_may_be_mixed(overrides: list[str], tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("has_store", [False, True])
+def test_text_and_stored_tokens_may_be_mixed(has_store: bool, overrides: list[str], tmp_path: Path) -> None:
     # The same texts beside shards of token ids, and alone; the name makes them the first domain of both.
     for folder in ("data/-text", "alone/-text"):
         (tmp_path / folder).mkdir(parents=True)
@@ -162,6 +164,10 @@ def test_text_and_stored_tokens_may_be_mixed(overrides: list[str], tmp_path: Pat
         words = [f"data.root={tmp_path / root}", f"index.path={tmp_path / index}", "dataplane.lanes=1"]
         config = compose([*overrides, *words])
         build_index(config)
+        if has_store and root == "data":
+            config = compose([*overrides, *words, f"data.tokens={tmp_path / 'tokens'}"])
+            write_store(config, Local())
+            assert open_source(config, Local()).index.token_stores
         rows = []
         with DataPlane.open(config, comm=Local()) as plane:
             for batch in plane:

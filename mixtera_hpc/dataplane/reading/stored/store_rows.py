@@ -3,7 +3,6 @@
 Price: 8 bytes of a memory-mapped file per document that is read.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,53 +20,47 @@ Ints = NDArray[np.int64]
 
 
 class StoreRows:
-    """Finds documents in the token stores of a run."""
+    """Finds documents in the token stores of a run. A store holds no special tokens."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, file_of_block: NDArray[np.int32]) -> None:
         """Map the positions of all rows; nothing is read yet.
+
+        Args:
+            source: the data.
+            file_of_block: the shard of each block; set here to the file of the store that holds the tokens of a block.
+                The files of stores have the numbers after the shards.
 
         Raises:
             DataError: a store has changed since rank 0 has checked it.
         """
-        self._source = source
         self._stores = source.index.token_stores
-        self._first_rows = np.concatenate([[0], np.cumsum(source.blocks.rows, dtype=np.int64)])
+        self._first_rows: Ints = np.append(0, np.cumsum(source.blocks.rows, dtype=np.int64))
         self._watches = [StoreWatch(store) for store in self._stores]
         self._starts = [map_array(Path(store.starts), np.dtype("<i8")) for store in self._stores]
         formats = source.index.shard_formats
         holds_text = {name: not load_format(name).holds_tokens for name in set(formats)}
-        self._holds_text = np.array([holds_text[name] for name in formats], np.bool_)
+        is_text = np.array([holds_text[name] for name in formats], np.bool_)[source.blocks.shard]
+        self._num_shards = len(formats)
+        for number, store in enumerate(self._stores):
+            of_store = slice(store.first_block, store.last_block)
+            file_of_block[of_store][is_text[of_store]] = self._num_shards + number
 
     def check_unchanged(self) -> None:
         """Raise DataError if a store was written again."""
         for watch in self._watches:
             watch.check()
 
-    def set_files(self, documents: Documents, num_shards: int, file: NDArray[np.int32]) -> None:
-        """Set the file of the documents that a store holds; the files of stores have the numbers after the shards."""
-        for number, chosen in enumerate(self._documents_of_stores(documents)):
-            file[chosen] = num_shards + number
+    def starts(self, documents: Documents, file: NDArray[np.int32]) -> Ints:
+        """Return the first token, in the file of its store, of documents that stores hold; shape (n,)."""
+        rows: Ints = self._first_rows[documents.block] + documents.row
+        if len(self._stores) == 1:
+            return self._starts_in(0, rows)
+        starts = np.zeros(len(rows), np.int64)
+        for number in range(len(self._stores)):
+            chosen = np.flatnonzero(file == self._num_shards + number)
+            starts[chosen] = self._starts_in(number, rows[chosen])
+        return starts
 
-    def locate(self, documents: Documents, sizes: Ints, itemsize: Ints, start: Ints, length: Ints) -> None:
-        """Set the place in the store of the documents that a store holds.
-
-        Args:
-            documents: of any block.
-            sizes: bytes of the text of each document.
-            itemsize: bytes of a token.
-            start: first byte of each document in its file.
-            length: bytes of each document. A store holds no special tokens.
-        """
-        for number, chosen in enumerate(self._documents_of_stores(documents)):
-            block = documents.block[chosen]
-            first_row = self._first_rows[self._stores[number].first_block]
-            row = self._first_rows[block] - first_row + documents.row[chosen]
-            start[chosen] = self._starts[number][row] * itemsize[chosen]
-            length[chosen] = sizes[chosen]
-
-    def _documents_of_stores(self, documents: Documents) -> Iterator[NDArray[np.intp]]:
-        """Yield the documents that each store holds."""
-        block = documents.block
-        is_text = self._holds_text[self._source.blocks.shard[block]]
-        for store in self._stores:
-            yield np.flatnonzero(is_text & (block >= store.first_block) & (block < store.last_block))
+    def _starts_in(self, number: int, rows: Ints) -> Ints:
+        starts: Ints = self._starts[number][rows - self._first_rows[self._stores[number].first_block]]
+        return starts
