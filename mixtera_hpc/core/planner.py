@@ -13,7 +13,7 @@ with fewer sequences.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -157,6 +157,8 @@ class Planner:
     """Steps in a chunk."""
     on_exhausted: OnExhausted
     last_batch: LastBatch = "drop"
+    _newest: list[tuple[ChunkPlan, list[_Segment]]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The plan that was expanded last, and its segments: every rank needs them twice, in two threads."""
 
     # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
@@ -285,9 +287,14 @@ class Planner:
         return start
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
+        for known, segments in self._newest:
+            if known is plan:
+                return segments
         start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
-        return self._segments(start, remaining, self.num_slots(plan))
+        segments = self._segments(start, remaining, self.num_slots(plan))
+        self._newest[:] = [(plan, segments)]
+        return segments
 
     def _segments(self, start: _SegmentStart, remaining: Ints, num_slots: int) -> list[_Segment]:
         """Cut `num_slots` slots where domains are exhausted; the segments cover fewer slots if the data ends."""

@@ -46,6 +46,13 @@ class PlanBroadcaster:
         self._state = PlannerState(
             chunk=resumed.chunk, step=resumed.first_step, cursors=resumed.cursors, lags=resumed.lags
         )
+        """Before `_latest`, until `_next_state` is called; before the first plan if there is none."""
+        self._next_chunk = resumed.chunk
+        """The chunk of the plan that arrives next."""
+        self._planned_end = resumed.first_step
+        """One past the last data step of the plans that have arrived."""
+        self._own_plan: ChunkPlan | None = None
+        """On rank 0, the plan that is on its way."""
         self._resumed = resumed if resumed.num_steps or resumed.last else None
         self._latest: ChunkPlan | None = None
         self.plan_s = 0.0
@@ -58,12 +65,12 @@ class PlanBroadcaster:
     def next_chunk(self) -> int:
         """The first chunk that rank 0 has not planned yet."""
         is_planned = self._request is not None or self._resumed is not None
-        return self._state.chunk + int(is_planned)
+        return self._next_chunk + int(is_planned)
 
     def poll(self, last_chunk: int) -> ChunkPlan | None:
         """Drive the broadcasts of chunks up to `last_chunk`; return a plan that has just arrived."""
         # All ranks but 0 post their part of the broadcast before the plan exists.
-        if self._request is None and self._state.chunk <= last_chunk and not self._has_ended:
+        if self._request is None and self._next_chunk <= last_chunk and not self._has_ended:
             self._request = self._post()
         if self._request is None or not self._request.Test():
             return None
@@ -79,11 +86,11 @@ class PlanBroadcaster:
     def is_settled(self, last_chunk: int) -> bool:
         """Return True if `poll(last_chunk)` has no broadcast to start or complete."""
         # A broadcast that only some ranks complete would hang the others.
-        return self._has_ended or (self._request is None and self._state.chunk > last_chunk)
+        return self._has_ended or (self._request is None and self._next_chunk > last_chunk)
 
     def covers(self, data_step: int) -> bool:
         """Return True if the delivered plans cover all data steps before `data_step`."""
-        return self._latest is not None and (self._state.step >= data_step or self._latest.last)
+        return self._latest is not None and (self._planned_end >= data_step or self._latest.last)
 
     @property
     def _has_ended(self) -> bool:
@@ -95,39 +102,58 @@ class PlanBroadcaster:
             plan = self._next_plan() if self._resumed is None else self._resumed
             if plan is None:
                 return None
-            # The buffer is free: at most one broadcast is in progress.
-            self._buffer[...] = plan.to_array()
+            self._own_plan = plan
+            if self._comm.size > 1:
+                # The buffer is free: at most one broadcast is in progress.
+                self._buffer[...] = plan.to_array()
         self._posted_s = time.perf_counter()
         return self._comm.Ibcast(self._buffer)
 
     def _next_plan(self) -> ChunkPlan | None:
-        weights = self._weights_of(self._state.chunk)
+        weights = self._weights_of(self._next_chunk)
         if weights is None:
             return None
         began = time.perf_counter()
-        plan = self._planner_to_chunk_end().decide(self._state, weights)
+        state = self._next_state()
+        plan = self._planner_to_chunk_end(state).decide(state, weights)
         self.plan_s = time.perf_counter() - began
         self._new_plan_s += self.plan_s
         return plan
 
-    def _planner_to_chunk_end(self) -> Planner:
+    def _next_state(self) -> PlannerState:
+        """Return the state before the next plan, which every rank derives by itself.
+
+        It is computed when the next plan is due, one chunk later: the reading thread has expanded the plan meanwhile.
+        """
+        if self._state.chunk < self._next_chunk and self._latest is not None:
+            self._state = self._planner.after(self._latest)
+        return self._state
+
+    def _planner_to_chunk_end(self, state: PlannerState) -> Planner:
         """Return a planner for the remaining steps of the chunk: all of them, unless a run edit begins inside it."""
-        steps_done = self._state.step % self._planner.chunk_steps
+        steps_done = state.step % self._planner.chunk_steps
         if not steps_done:
             return self._planner
         return replace(self._planner, chunk_steps=self._planner.chunk_steps - steps_done)
 
     def _receive(self) -> ChunkPlan:
         self.broadcast_s = time.perf_counter() - self._posted_s
+        plan = self._own_plan or self._received_plan()
+        self._own_plan = self._resumed = None
+        self._latest = plan
+        self._next_chunk = plan.chunk + 1
+        self._planned_end = plan.first_step + plan.num_steps
+        return plan
+
+    def _received_plan(self) -> ChunkPlan:
+        """Return the plan in the buffer."""
         plan = ChunkPlan.from_array(self._buffer)
-        # Every rank derives the state after a plan by itself. Equal cursors show that all ranks agree.
-        if plan.chunk != self._state.chunk or not np.array_equal(plan.cursors, self._state.cursors):
+        # Equal cursors show that all ranks agree.
+        state = self._next_state()
+        if plan.chunk != state.chunk or not np.array_equal(plan.cursors, state.cursors):
             raise CommError(
                 f"Rank {self._comm.rank} received a plan of chunk {plan.chunk} that does not match its own state "
-                f"before chunk {self._state.chunk}: ranks run different code or read different indexes.\n"
+                f"before chunk {state.chunk}: ranks run different code or read different indexes.\n"
                 "  Give all nodes the same installation and the same index.path."
             )
-        self._resumed = None
-        self._state = self._planner.after(plan)
-        self._latest = plan
         return plan

@@ -1,5 +1,7 @@
 """Plans of small cases, compared with results that are written out."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,29 @@ def test_equal_weights_alternate() -> None:
     machine = planner(ENDLESS, ENDLESS)
     plan, _ = machine.plan(PlannerState.start(2), np.array([0.5, 0.5]))
     assert machine.slots(plan).domain.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_a_plan_is_expanded_once_for_its_order_and_the_state_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
+    plan = machine.decide(PlannerState.start(2), np.array([0.5, 0.5]))
+    expected = machine.after(plan)
+    expanded = 0
+    segments = Planner._segments
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal expanded
+        expanded += 1
+        return segments(*arguments)
+
+    monkeypatch.setattr(Planner, "_segments", counted)
+    fresh = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
+    following = fresh.decide(expected, np.array([0.5, 0.5]))
+    expanded = 0
+    for of_plan in (plan, following):
+        fresh.order(of_plan)
+        fresh.after(of_plan)
+    assert expanded == 2
+    assert fresh.after(plan).cursors.tolist() == expected.cursors.tolist()
 
 
 def test_a_rare_domain_is_served_in_proportion() -> None:
