@@ -6,6 +6,7 @@ The thread expands plans, reads, decompresses, tokenizes and packs. It never cal
 
 import queue
 import threading
+from collections import deque
 from dataclasses import dataclass
 
 from mixtera_hpc.core.planner import ChunkPlan
@@ -25,25 +26,23 @@ class _EndOfData:
 
 
 class Prefetcher:
-    """A daemon thread that makes batches, between a queue of plans and a queue of batches.
-
-    A third queue holds one token for every batch that there is room for. No thread polls.
-    """
+    """A daemon thread that makes batches, between a queue of plans and a queue of batches. No thread polls."""
 
     def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
-        """Start the thread; it prepares at most `prefetch_batches` batches."""
+        """Start the thread; it prepares at most `prefetch_batches` batches, and one that waits for room."""
         self._maker = maker
         self.places = maker.places
         """Where the thread, or its processes, read."""
+        self._prefetch_batches = prefetch_batches
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
-        # Not a SimpleQueue: in Python 3.11 its `get` waits for ever if a short timeout passes at the wrong moment.
-        self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue()
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(prefetch_batches):
-            self._room.put(None)
+        self._ready: deque[Batch | _EndOfData | BaseException] = deque()
+        """Only the thread adds to it, and only the trainer's thread takes from it."""
+        lock = threading.Lock()
+        self._has_batch = threading.Condition(lock)
+        self._has_room = threading.Condition(lock)
         self._end: _EndOfData | BaseException | None = None
         """What came instead of another batch; `get` repeats it."""
-        self._stopping = threading.Event()
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
 
@@ -59,9 +58,8 @@ class Prefetcher:
             Exception: the error that ended the thread, in every call from then on.
         """
         # After the end the queue stays empty: waiting for it would be for ever.
-        item = self._ready.get(timeout=timeout_s) if self._end is None else self._end
+        item = self._take(timeout_s) if self._end is None else self._end
         if isinstance(item, Batch):
-            self._room.put(None)
             return with_samples(item)
         self._end = item
         if isinstance(item, BaseException):
@@ -71,7 +69,7 @@ class Prefetcher:
     @property
     def num_ready(self) -> int:
         """Batches that `get` returns without waiting. The end of the data and an error count as one."""
-        return self._ready.qsize() + int(self._end is not None)
+        return len(self._ready) + int(self._end is not None)
 
     def advance(self) -> None:
         """Do nothing: no other rank waits for these batches."""
@@ -86,11 +84,24 @@ class Prefetcher:
             timeout_s: how long to wait for a read in progress. After that the thread frees its files by itself, once
                 the read returns. None waits without limit, so that the caller may free what the thread reads from.
         """
-        self._stopping.set()
         # Wakes the thread if it waits for a plan, or for room.
         self._plans.put(None)
-        self._room.put(None)
+        with self._has_room:
+            self._is_stopping = True
+            self._has_room.notify()
         self._thread.join(timeout=timeout_s)
+
+    def _take(self, timeout_s: float) -> Batch | _EndOfData | BaseException:
+        """Take the oldest item, and let the thread go on if it waits for room.
+
+        Raises:
+            queue.Empty: there is none within `timeout_s`.
+        """
+        with self._has_batch:
+            if not self._ready and not self._has_batch.wait_for(lambda: self._ready, timeout_s):
+                raise queue.Empty
+            self._has_room.notify()
+            return self._ready.popleft()
 
     def _run(self) -> None:
         try:
@@ -110,8 +121,10 @@ class Prefetcher:
 
     def _put(self, item: Batch | _EndOfData | BaseException) -> bool:
         """Wait for room in the queue; return False when `close` was called meanwhile."""
-        self._room.get()
-        if self._stopping.is_set():
-            return False
-        self._ready.put(item)
+        with self._has_room:
+            self._has_room.wait_for(lambda: self._is_stopping or len(self._ready) < self._prefetch_batches)
+            if self._is_stopping:
+                return False
+            self._ready.append(item)
+            self._has_batch.notify()
         return True
