@@ -22,9 +22,9 @@ __all__ = [
     "STAGES",
     "DomainStatistics",
     "StageMaxima",
+    "ZeroStatistics",
     "accumulate_losses",
     "dequantise_losses",
-    "no_statistics",
     "quantise_losses",
     "statistics_from_buffer",
 ]
@@ -141,21 +141,33 @@ def accumulate_losses(
     return buffer
 
 
-def no_statistics(
-    step: int, num_domains: int, scales: Mapping[str, float], stages: StageMaxima | None = None
-) -> DomainStatistics:
-    """Return the statistics of a step without losses; the same as those of a buffer of zeros."""
-    scalars = scalars_from_rows(np.zeros((ROWS_PER_SCALAR * len(scales), num_domains), np.int64), scales)
-    counts = np.zeros((3, num_domains), np.int64)
-    return DomainStatistics(
-        step=step,
-        loss_sum=np.zeros(num_domains),
-        num_tokens=counts[0],
-        num_sequences=counts[1],
-        num_nonfinite=counts[2],
-        stages=stages,
-        scalars=scalars,
-    )
+class ZeroStatistics:
+    """The statistics of steps without losses. They share their arrays, which are read-only."""
+
+    def __init__(self, num_domains: int, scales: Mapping[str, float]) -> None:
+        """Make the arrays; `scales` are those of the scalars that may be recorded."""
+        buffer = np.zeros((NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(scales), num_domains), np.int64)
+        zeros = statistics_from_buffer(0, buffer, scales)
+        self._loss_sum = zeros.loss_sum
+        self._counts = zeros.num_tokens
+        self._scalars = zeros.scalars
+        arrays = [self._loss_sum, self._counts]
+        for scalar in self._scalars.values():
+            arrays += [scalar.total, scalar.count, scalar.num_out_of_range]
+        for array in arrays:
+            array.flags.writeable = False
+
+    def of_step(self, step: int, stages: StageMaxima | None = None) -> DomainStatistics:
+        """Return the statistics of `step`; the same as those of a buffer of zeros."""
+        return DomainStatistics(
+            step=step,
+            loss_sum=self._loss_sum,
+            num_tokens=self._counts,
+            num_sequences=self._counts,
+            num_nonfinite=self._counts,
+            stages=stages,
+            scalars=self._scalars,
+        )
 
 
 def statistics_from_buffer(

@@ -1,15 +1,13 @@
 """The wait of one rank for its next batch: for its own reading, and for the ranks that do not have theirs yet."""
 
-import contextlib
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.group_delivery import BatchFeed
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, RankPosition, ReadyAgreement
-from mixtera_hpc.dataplane.steps.stage_times import pack_times
 from mixtera_hpc.dataplane.watchdog.progress import AGREE, RankProgress
 
 __all__ = ["POLL_S", "BatchWait", "describe_interrupt"]
@@ -77,11 +75,6 @@ class BatchWait:
             self._waiting_since = time.monotonic()
         pause_s = FIRST_POLL_S
         read_pause_s = POLL_S if self._agreement.has_peers else LONE_READ_POLL_S
-
-        def open_requests() -> OpenRequests:
-            requests = self._flags.poll_waiting()
-            return OpenRequests(stop=requests.stop, save=requests.save and pauses_to_save)
-
         while True:
             # First the statistics: the weights of the next chunk may wait for them.
             is_planned = poll()
@@ -94,7 +87,8 @@ class BatchWait:
                 self._held = self._waiting_since = None
                 return batch
             waited_s = time.monotonic() - self._waiting_since
-            self._agreement.poll(self._position(next_step, has_unfinished), waited_s, open_requests)
+            position = self._position(next_step, has_unfinished)
+            self._agreement.poll(position, waited_s, lambda: self._open_requests(pauses_to_save))
             if (requests := self._agreement.take_interrupt()) is not None:
                 return requests
             if self._held is not None and not self._agreement.covers(next_step):
@@ -103,8 +97,8 @@ class BatchWait:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * GROWTH, POLL_S)
 
-    def times_of(self, batch: Batch, plan_s: float, rank: int) -> int:
-        """Return how long each stage took for a batch that `next` has just returned; see `pack_times`.
+    def times_of(self, batch: Batch, plan_s: float, rank: int) -> Mapping[str, float]:
+        """Return the seconds that each stage took for a batch that `next` has just returned.
 
         Args:
             batch: the batch.
@@ -119,7 +113,7 @@ class BatchWait:
             "reduce": self.reduce_s,
         }
         self.reduce_s = 0.0
-        return pack_times(times)
+        return times
 
     def finish(self) -> None:
         """Complete what other ranks may wait for. **Collective.**"""
@@ -134,14 +128,21 @@ class BatchWait:
     def _hold(self, is_planned: bool, timeout_s: float) -> None:
         """Take the next batch from the feed if it comes within `timeout_s`."""
         began = time.perf_counter()
-        # Waits in the queue, so that the reading thread gets the interpreter.
-        with contextlib.suppress(queue.Empty):
+        # Waits in the feed, so that the reading thread gets the interpreter.
+        try:
             self._held = (self._feed.get(timeout_s),)
+        except queue.Empty:
+            self._held = None
         waited_s = time.perf_counter() - began
         if is_planned:
             self.read_wait_s += waited_s
         else:
             self.plan_wait_s += waited_s
+
+    def _open_requests(self, pauses_to_save: bool) -> OpenRequests:
+        """Return the requests that may end the wait."""
+        requests = self._flags.poll_waiting()
+        return OpenRequests(stop=requests.stop, save=requests.save and pauses_to_save)
 
     def _position(self, next_step: int, has_unfinished: bool = False) -> RankPosition:
         held_end = min(next_step + int(self._held is not None) + self._feed.num_ready, NO_LIMIT)

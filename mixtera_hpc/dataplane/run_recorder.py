@@ -211,9 +211,10 @@ class RunRecorder:
             },
         )
 
-    def log_reduction(self, statistics: DomainStatistics, reduce_s: float) -> None:
-        """Log the losses of a step, and how long this rank waited for their reduction."""
-        self._tracker.log("comm", {"step": statistics.step, "reduce_s": reduce_s})
+    def log_reduction(self, statistics: DomainStatistics, reduce_s: float | None) -> None:
+        """Log the losses of a step, and how long this rank waited for their reduction; None without one."""
+        if reduce_s is not None:
+            self._tracker.log("comm", {"step": statistics.step, "reduce_s": reduce_s})
         if self._loop_log:
             self._loop_log.add_statistics(statistics)
 

@@ -147,10 +147,10 @@ class Session:
         self.is_interrupted = False
         with self._progress.in_stage("reduce"):
             self._prepare_request()
-        began = time.perf_counter()
-        with self._progress.in_stage(WAIT):
+            self._progress.enter_stage(WAIT)
+            began = time.perf_counter()
             batch = self._wait.next(self.ledger.next_step, len(self._steps) > 0, self._poll, self.pauses_to_save)
-        self.data_wait_s = time.perf_counter() - began
+            self.data_wait_s = time.perf_counter() - began
         if batch is None:
             return None
         if isinstance(batch, OpenRequests):
@@ -390,7 +390,7 @@ class Session:
         for result in results:
             # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
-            self._wait.reduce_s += result.reduce_s
+            self._wait.reduce_s += result.reduce_s or 0.0
             self._silence.note_losses(result.statistics)
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)

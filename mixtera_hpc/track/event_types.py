@@ -144,7 +144,7 @@ class MixtureEvent(TypedDict, total=False):
 class CommEvent(TypedDict, total=False):
     """`comm.jsonl`: the time that communication takes on rank 0, written by the data plane.
 
-    One line per chunk with `plan_s` and `broadcast_s`, one per step with `reduce_s`.
+    One line per chunk with `plan_s` and `broadcast_s`; with several ranks, one per step with `reduce_s`.
     """
 
     step: int

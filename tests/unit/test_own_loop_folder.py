@@ -15,6 +15,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.testing.thread_ranks import run_ranks
+from mixtera_hpc.track.event_reader import read_events
 
 pytestmark = pytest.mark.slow
 """Serves some steps and writes reports."""
@@ -166,3 +167,11 @@ def test_a_program_on_several_ranks_claims_one_attempt(config: Config, tmp_path:
     assert folder.attempts() == [1]
     assert json.loads(folder.job_record(1).read_text())["ranks"] == 2
     assert [record.num_ranks for record in History(folder.journal).attempts] == [2]
+    assert [event["step"] for event in read_events(folder.metric("comm")) if "reduce_s" in event] == [0, 1, 2]
+
+
+def test_the_only_rank_logs_no_wait_for_reductions(config: Config, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    train(config, folder, 3)
+    fields = {name for event in read_events(folder.metric("comm")) for name in event}
+    assert "plan_s" in fields and "reduce_s" not in fields

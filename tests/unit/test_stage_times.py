@@ -9,7 +9,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_of
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_alone
 from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 
@@ -25,18 +25,19 @@ def test_times_survive_packing_to_4_percent() -> None:
         for time_s in of_stage:
             single = maxima_of(np.array([pack_times({stage: time_s})], np.int64))
             assert single.seconds[stage] == pytest.approx(time_s, rel=0.041)
-            assert times_of(pack_times({stage: time_s})) == single
+            assert times_alone({stage: time_s}) == StageMaxima(seconds={stage: time_s}, ranks=single.ranks)
 
 
 def test_times_out_of_range_are_bounds() -> None:
     maxima = maxima_of(np.array([pack_times({"wait": 1e-6, "read": 1e9})], np.int64))
     assert maxima.ranks == {"read": 0} and 3000 < maxima.seconds["read"] < 3600
+    assert times_alone({"wait": 1e-6, "read": 1e-3}).ranks == {"read": 0}
 
 
 def test_the_reduction_carries_the_times_of_every_rank() -> None:
     def reduce(comm: ThreadCommunicator) -> StageMaxima | None:
         reducer = StepReducer(comm, 3, lambda step: 5, BatchSlice(group=comm.rank, num_groups=5))
-        times = pack_times({"read": 2.0 if comm.rank == 3 else 0.1, "plan": 0.5 if comm.rank == 0 else 0.0})
+        times = {"read": 2.0 if comm.rank == 3 else 0.1, "plan": 0.5 if comm.rank == 0 else 0.0}
         flags = RankFlags(stop=False, save=False, digest=7, times=times)
         reducer.post(0, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), flags)
         (result,) = reducer.wait_for(0)

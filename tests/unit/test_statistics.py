@@ -8,9 +8,9 @@ from mixtera_hpc.core.statistics import (
     MAX_SEQUENCE_LOSS,
     NUM_BUFFER_ROWS,
     DomainStatistics,
+    ZeroStatistics,
     accumulate_losses,
     dequantise_losses,
-    no_statistics,
     quantise_losses,
     statistics_from_buffer,
 )
@@ -90,10 +90,14 @@ def test_a_domain_id_out_of_range_is_refused(domain: int) -> None:
 
 
 @pytest.mark.parametrize("scales", [{}, {"gradient_norm": 1.0, "reward": 4.0}])
-def test_no_statistics_are_those_of_a_buffer_of_zeros(scales: dict[str, float]) -> None:
+def test_statistics_without_losses_are_those_of_a_buffer_of_zeros(scales: dict[str, float]) -> None:
     zeros = np.zeros((NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(scales), 5), np.int64)
     reduced = statistics_from_buffer(3, zeros, scales)
-    none = no_statistics(3, 5, scales)
+    none = ZeroStatistics(5, scales).of_step(3)
     assert repr(none) == repr(reduced)
     for name in ("loss_sum", "num_tokens", "num_sequences", "num_nonfinite"):
         assert getattr(none, name).dtype == getattr(reduced, name).dtype, name
+        # Other steps share it.
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(none, name)[0] = 1
+    assert not any(scalar.total.flags.writeable or scalar.count.flags.writeable for scalar in none.scalars.values())

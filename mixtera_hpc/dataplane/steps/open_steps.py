@@ -37,13 +37,15 @@ class RecordedPart:
 class OpenStep:
     """One step that is not finished on this rank, or finished and not reduced yet."""
 
-    def __init__(self, batch: Batch, num_domains: int, num_parts: int, scales: Mapping[str, float], times: int) -> None:
+    def __init__(
+        self, batch: Batch, num_domains: int, num_parts: int, scales: Mapping[str, float], times: Mapping[str, float]
+    ) -> None:
         """Begin without losses."""
         self.number = batch.step
         self.plan_digest = batch.plan_digest
         self.contents = tuple(batch.digests or ())
         self.times = times
-        """The time of each stage on this rank; see `pack_times`."""
+        """Seconds of each stage on this rank."""
         self.losses = StepLosses(batch, num_domains, num_parts)
         self.scalars = StepScalars(scales, batch.domain_ids)
         self.was_finished_by_name = False
@@ -88,8 +90,8 @@ class OpenSteps:
         """Return the number of open steps."""
         return len(self._steps)
 
-    def add(self, batch: Batch, times: int = 0) -> None:
-        """Record that `batch` was handed to the trainer, and how long each stage of it took (`pack_times`)."""
+    def add(self, batch: Batch, times: Mapping[str, float]) -> None:
+        """Record that `batch` was handed to the trainer, and the seconds that each stage of it took."""
         self._steps.append(OpenStep(batch, self._num_domains, self._num_parts, self._scales, times))
 
     def named(self, step: int, caller: str) -> OpenStep:

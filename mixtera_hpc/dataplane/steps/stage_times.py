@@ -7,6 +7,7 @@ Price: 8 bytes per rank and step.
 
 import math
 import sys
+from bisect import bisect
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import STAGES, StageMaxima
 
-__all__ = ["maxima_of", "pack_times", "times_of"]
+__all__ = ["maxima_of", "pack_times", "times_alone"]
 
 MIN_S = 1e-5
 """Shorter times count as none."""
@@ -24,15 +25,16 @@ MAX_CODE = 255
 LOG_RATIO = math.log(RATIO)
 _SECONDS = [0.0, *(MIN_S * math.exp(LOG_RATIO * (code - 1)) for code in range(1, MAX_CODE + 1))]
 """Code → seconds."""
+_BORDERS = [MIN_S, *(MIN_S * math.exp(LOG_RATIO * (code - 0.5)) for code in range(1, MAX_CODE))]
+"""The shortest time of every code but 0."""
+_BYTE_OF = {stage: number for number, stage in enumerate(STAGES)}
 
 
 def pack_times(seconds: Mapping[str, float]) -> int:
     """Return the times of this rank as one int64; a missing stage took no time."""
     codes = bytearray(len(STAGES))
-    for number, stage in enumerate(STAGES):
-        stage_s = seconds.get(stage, 0.0)
-        if stage_s >= MIN_S:
-            codes[number] = min(1 + round(math.log(stage_s / MIN_S) / LOG_RATIO), MAX_CODE)
+    for stage, stage_s in seconds.items():
+        codes[_BYTE_OF[stage]] = bisect(_BORDERS, stage_s)
     return int.from_bytes(codes, sys.byteorder, signed=True)
 
 
@@ -46,8 +48,7 @@ def maxima_of(packed: NDArray[np.int64]) -> StageMaxima:
     return StageMaxima(seconds=seconds, ranks=named)
 
 
-def times_of(packed: int) -> StageMaxima:
-    """Return what `maxima_of` returns of a single rank."""
-    codes = packed.to_bytes(len(STAGES), sys.byteorder, signed=True)
-    seconds = {stage: _SECONDS[code] for stage, code in zip(STAGES, codes, strict=True) if code}
-    return StageMaxima(seconds=seconds, ranks=dict.fromkeys(seconds, 0))
+def times_alone(seconds: Mapping[str, float]) -> StageMaxima:
+    """Return the times of the only rank, which needs no reduction to know them."""
+    counted = {stage: stage_s for stage, stage_s in seconds.items() if stage_s >= MIN_S}
+    return StageMaxima(seconds=counted, ranks=dict.fromkeys(counted, 0))

@@ -5,6 +5,7 @@ later. The log keeps timings until their losses arrive, so the trainer neither w
 second time.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -69,9 +70,9 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
     statistics = [step_statistics for _, step_statistics in steps]
 
     # Sums over the steps, per domain: shape (num_domains,).
-    loss_sum = np.sum([s.loss_sum for s in statistics], axis=0)
-    num_tokens = np.sum([s.num_tokens for s in statistics], axis=0)
-    num_sequences = np.sum([s.num_sequences for s in statistics], axis=0)
+    loss_sum = _sum(s.loss_sum for s in statistics)
+    num_tokens = _sum(s.num_tokens for s in statistics)
+    num_sequences = _sum(s.num_sequences for s in statistics)
 
     total_tokens = int(num_tokens.sum())
     mean_loss = float(loss_sum.sum()) / total_tokens if total_tokens else None
@@ -86,7 +87,7 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
         "step_s": duration_s / len(steps),
         "data_wait_s": sum(timing.data_wait_s for timing in timings) / len(steps),
         "num_ranks": num_ranks,
-        "num_nonfinite": int(np.sum([s.num_nonfinite for s in statistics])),
+        "num_nonfinite": int(_sum(s.num_nonfinite for s in statistics).sum()),
         "domain_loss": _mean_loss(loss_sum, num_tokens),
         "domain_tokens": num_tokens.tolist(),
         "domain_sequences": num_sequences.tolist(),
@@ -124,11 +125,16 @@ def _scalar_fields(statistics: list[DomainStatistics]) -> StepEvent:
     fields: dict[str, Any] = {}
     for name in statistics[0].scalars:
         scalars = [s.scalars[name] for s in statistics]
-        total = np.sum([s.total for s in scalars], axis=0)
-        count = np.sum([s.count for s in scalars], axis=0)
+        total = _sum(s.total for s in scalars)
+        count = _sum(s.count for s in scalars)
         fields[f"scalar_{name}"] = _mean_loss(total, count)
-        fields[f"scalar_{name}_out_of_range"] = int(np.sum([s.num_out_of_range for s in scalars]))
+        fields[f"scalar_{name}_out_of_range"] = int(_sum(s.num_out_of_range for s in scalars).sum())
     return cast(StepEvent, fields)
+
+
+def _sum(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """Return the sum of arrays of one shape; usually there is one, because every step is logged."""
+    return functools.reduce(np.add, arrays)
 
 
 def _mean_loss(loss_sum: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> list[float | None]:

@@ -13,17 +13,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, wait
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, no_statistics, statistics_from_buffer
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, ZeroStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of, times_of
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_alone
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
 from mixtera_hpc.dataplane.steps.step_scalars import NUM_SCALAR_CHECKS, StepScalars, checks_of, values_per_domain
@@ -36,8 +38,7 @@ DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankFlags:
+class RankFlags(NamedTuple):
     """What one rank reports about a step besides its losses."""
 
     stop: bool
@@ -46,12 +47,11 @@ class RankFlags:
     """Digest of the plan that it served the step from."""
     contents: tuple[str, ...] = ()
     """With `dataplane.audit`, the digest of every sequence that it handed out."""
-    times: int = 0
-    """The time of each stage; see `pack_times`."""
+    times: Mapping[str, float] = MappingProxyType({})
+    """Seconds of each stage."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What all ranks reported about one step."""
 
     statistics: DomainStatistics
@@ -59,8 +59,8 @@ class StepResult:
     """Whether any rank was asked to stop."""
     save: bool
     """Whether any rank was asked to save."""
-    reduce_s: float
-    """Seconds that this rank waited for the reduction; 0 when it was complete before it was needed."""
+    reduce_s: float | None
+    """Seconds that this rank waited for the reduction; 0 when it was complete in time. None without other ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,7 @@ class StepReducer:
         self._is_leader = batch_slice.is_group_leader
         self._parts = LossParts(parts) if parts is not None else None
         self._is_alone = comm.size == 1 and parts is None
+        self._without_losses = ZeroStatistics(num_domains, self._scales)
         self._loss_log = loss_log
         self._waiting: deque[_WaitingStep] = deque()
         """Steps whose losses may be on their way from an accelerator, in order; the newest ones."""
@@ -170,8 +171,8 @@ class StepReducer:
 
     def _complete_alone(self, step: int, flags: RankFlags) -> None:
         """Complete a step without losses on the only rank: there is nothing to add up, and nothing to compare."""
-        statistics = no_statistics(step, self._num_domains, self._scales, times_of(flags.times))
-        self._results.append(StepResult(statistics=statistics, stop=flags.stop, save=flags.save, reduce_s=0.0))
+        statistics = self._without_losses.of_step(step, times_alone(flags.times))
+        self._results.append(StepResult(statistics=statistics, stop=flags.stop, save=flags.save, reduce_s=None))
 
     def _post_waiting(self) -> None:
         """Start the reduction of the oldest step that waits for its losses; wait for the device."""
@@ -238,7 +239,7 @@ class StepReducer:
         tail = [*requests, content, num_padding, vote, flags.digest & DIGEST_MASK]
         # One buffer, so that times, losses and flags need a single collective.
         times = np.zeros(self._comm.size, np.int64)
-        times[self._comm.rank] = flags.times
+        times[self._comm.rank] = pack_times(flags.times)
         if checks is None:
             checks = np.zeros(self._num_checks, np.int64)
         buffer = np.concatenate([times, rows.reshape(-1), checks, np.array(tail, np.int64)])
@@ -341,7 +342,8 @@ class StepReducer:
         if is_wrong and self._mismatch is None:
             self._mismatch = reduction
 
-        self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
+        waited_s = reduce_s if num_ranks > 1 else None
+        self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=waited_s))
 
 
 def _digest_of(contents: tuple[str, ...]) -> int:
