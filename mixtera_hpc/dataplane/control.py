@@ -47,8 +47,10 @@ class RunControl:
             run: the run's folder; None for a run without one.
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
         """
-        self._run = run if watch_files else None
+        # Looked for in every step: joining a path takes longer than that.
         self._stop_file = run.stop_request if run is not None else None
+        self._save_file = run.save_request if run is not None and watch_files else None
+        self._mixture_file = run.mixture_request if run is not None and watch_files else None
         self._ignored: set[tuple[str, int]] = set()
         """Path and inode of the control files of other users, about which a warning was logged."""
         self._stop = threading.Event()
@@ -68,12 +70,11 @@ class RunControl:
 
     def poll(self) -> tuple[bool, bool]:
         """Return whether a stop was ever requested, and whether a save was requested since the last call."""
-        if self._run is None:
+        if self._save_file is None or self._stop_file is None:
             return self._stop.is_set(), False
-        if self._exists(self._run.stop_request) and _take_file(self._run.stop_request):
+        if self._exists(self._stop_file) and _take_file(self._stop_file):
             self._stop.set()
-        save = self._run.save_request
-        return self._stop.is_set(), self._exists(save) and _take_file(save)
+        return self._stop.is_set(), self._exists(self._save_file) and _take_file(self._save_file)
 
     def stop_was_requested(self, look_for_file: bool) -> bool:
         """Return whether a stop was ever requested. For threads: the main thread may be stuck in native code.
@@ -95,10 +96,8 @@ class RunControl:
         Something else under that name (a folder, a pipe, bytes that are not text) is moved aside: reading a pipe would
         wait for ever. Its text is then empty, so that it is refused as a request.
         """
-        if self._run is None:
-            return None
-        path = self._run.mixture_request
-        if not self._exists(path):
+        path = self._mixture_file
+        if path is None or not self._exists(path):
             return None
         try:
             is_file = stat.S_ISREG(path.stat().st_mode)
@@ -117,6 +116,9 @@ class RunControl:
 
     def _exists(self, path: Path) -> bool:
         """Return whether a control file exists and counts; warn once about a file that does not count."""
+        # One system call without an exception in almost every step. A link that leads nowhere is no request.
+        if not os.access(path, os.F_OK):
+            return False
         try:
             if is_trusted_request(path):
                 return True

@@ -55,9 +55,10 @@ class MixtureFeed:
         """
         self._source = source
         self._ledger = ledger
+        self._chunk_steps = source.config.dataplane.chunk_steps
         self._mixtures = MixtureSequence(source.config.mixture, source.mixture_context, learn=learn)
         self._in_force: dict[int, NDArray[np.float64]] = {}
-        """Chunk → the weights it is served with, from the chunk of the next statistics on."""
+        """Chunk → the weights it is served with, from the chunk of the next statistics on; of mixtures that learn."""
         if state is not None:
             self._mixtures.load(state.decisions, state.mixer)
             self._load_in_force(state.mixer)
@@ -74,18 +75,18 @@ class MixtureFeed:
 
         Domains whose samples were all dropped get weight 0.
         """
-        plane = self._source.config.dataplane
-
         # Data steps at the end of a decisive chunk may have been skipped: the algorithm would wait for them for ever.
-        decisive_data_steps = (chunk - plane.feedback_lag + 1) * plane.chunk_steps
+        feedback_lag = self._source.config.dataplane.feedback_lag
+        decisive_data_steps = (chunk - feedback_lag + 1) * self._chunk_steps
         self._feed_skipped(min(decisive_data_steps, self._ledger.first_unknown_data_step))
 
         weights = self._mixtures.weights_of(chunk)
         if weights is None:
             return None
         weights = self._source.without_dropped_domains(weights)
-        total = weights.sum()
-        self._in_force[chunk] = weights / total if total > 0 else weights
+        if self._mixtures.learns:
+            total = weights.sum()
+            self._in_force[chunk] = weights / total if total > 0 else weights
         return weights
 
     def feed(self, statistics: DomainStatistics) -> None:
@@ -93,11 +94,11 @@ class MixtureFeed:
         # Skipped data steps before this one come first: the algorithm counts steps in order.
         self._feed_skipped(self._ledger.data_step(statistics.step))
         data_step = self._ledger.feed(statistics.step)
-        chunk, number = divmod(data_step, self._source.config.dataplane.chunk_steps)
-        if number == 0:
-            self._in_force = {c: w for c, w in self._in_force.items() if c >= chunk}
         # A mixture that does not learn costs almost nothing per step.
         if self._mixtures.learns:
+            chunk, number = divmod(data_step, self._chunk_steps)
+            if number == 0:
+                self._in_force = {c: w for c, w in self._in_force.items() if c >= chunk}
             self._mixtures.feed(replace(statistics, step=data_step, weights=self._in_force.get(chunk)))
 
     def feed_held_out(self, statistics: DomainStatistics) -> None:
@@ -135,7 +136,7 @@ class MixtureFeed:
         """Return what the mixing algorithms have learned, for a checkpoint."""
         learned = self._mixtures.arrays()
         # Only the chunk of the next step: later ones are planned again. Nobody divides by weights that do not learn.
-        chunk = self._ledger.num_fed // self._source.config.dataplane.chunk_steps
+        chunk = self._ledger.num_fed // self._chunk_steps
         if learned and chunk in self._in_force:
             learned[f"{IN_FORCE}{chunk}"] = self._in_force[chunk]
         return learned

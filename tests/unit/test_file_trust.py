@@ -85,6 +85,22 @@ def test_a_control_file_counts_for_its_owner_and_a_group_that_may_write(
     assert caplog.text.count("is ignored: it belongs neither") == (0 if counts else 3)
 
 
+def test_a_link_that_leads_nowhere_is_no_request(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.control.mkdir()
+    for path in (run.stop_request, run.save_request, run.mixture_request):
+        path.symlink_to(tmp_path / "missing")
+    control = RunControl(run, watch_files=True)
+    try:
+        assert not control.stop_was_requested(look_for_file=True)
+        assert control.poll() == (False, False)
+        assert control.take_mixture_request() is None
+        (tmp_path / "missing").touch()
+        assert control.poll() == (True, True)
+    finally:
+        control.close()
+
+
 @as_root
 def test_a_link_of_a_stranger_does_not_count(tmp_path: Path) -> None:
     run = control_folder(tmp_path, 0o755)

@@ -31,12 +31,9 @@ class MixtureSequence:
         self._learn = learn
         self._mixers: dict[int, Mixer] = {0: make_mixer(mixture, context, learn=learn)}
         """First chunk → mixer."""
-        self._decisions: dict[int, MixtureDecision] = {}
-
-    @property
-    def learns(self) -> bool:
+        self.learns = self._mixers[0].learns
         """True if any mixer uses the statistics of steps."""
-        return any(mixer.learns for mixer in self._mixers.values())
+        self._decisions: dict[int, MixtureDecision] = {}
 
     @property
     def decisions(self) -> list[MixtureDecision]:
@@ -139,4 +136,5 @@ class MixtureSequence:
         if first in self._mixers:
             self._mixers[first].close()
         self._mixers[first] = mixer
+        self.learns = any(installed.learns for installed in self._mixers.values())
         self._decisions[first] = decision
