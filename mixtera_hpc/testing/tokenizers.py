@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mixtera_hpc.tokens.joined_texts import BORDER
+from mixtera_hpc.tokens.token_memory import TokenMemory
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = [
@@ -54,27 +55,28 @@ def check_documents_are_encoded_independently(tokenizer: Tokenizer) -> None:
 
 def check_encode_each_equals_encode_batch(tokenizer: Tokenizer) -> None:
     """Check that `encode_each` and `count_each` agree with `encode_batch`."""
-    each = tokenizer.encode_each(DOCUMENTS)
-    assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
-    assert [tokens.tolist() for tokens in each] == _split_tokens(tokenizer, DOCUMENTS)
-    assert tokenizer.count_each(DOCUMENTS).tolist() == [len(tokens) for tokens in each]
+    for documents in (DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS], [""], ["", ""], DOCUMENTS * 20):
+        each = tokenizer.encode_each(documents)
+        assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
+        assert [tokens.tolist() for tokens in each] == _split_tokens(tokenizer, documents)
+        counts = tokenizer.count_each(documents)
+        assert counts.dtype == np.int64 and counts.tolist() == [len(tokens) for tokens in each]
     assert tokenizer.encode_each([]) == [] and tokenizer.count_each([]).dtype == np.int64
 
 
 def check_encode_documents_adds_special_tokens(tokenizer: Tokenizer) -> None:
     """Check that `encode_documents` returns the tokens of `encode_each`, with `added` at both ends of a document."""
     added = tokenizer.added
-    for documents in ([], [""], ["", ""], ["", " a", "b "], DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS]):
+    for documents in ([], [""], ["", ""], ["", " a", "b "], DOCUMENTS, DOCUMENTS * 20, [*DOCUMENTS, *BORDER_TEXTS]):
         expected = [[*added.before, *ids.tolist(), *added.after] for ids in tokenizer.encode_each(documents)]
-        lengths = np.array([len(ids) for ids in expected], np.int64)
-        # Sizes that are wrong do not matter, also if they add up.
-        shifted = lengths.copy()
-        shifted[:1] -= 1
-        shifted[1:2] += 1
-        for hint in (None, lengths, lengths + 1, np.flip(lengths), shifted):
-            tokens, starts, sizes = tokenizer.encode_documents(documents, hint)
+        memory = TokenMemory()
+        memory.append(np.arange(3, dtype=np.uint32))
+        for own_memory in (None, memory, memory):
+            tokens, starts, sizes = tokenizer.encode_documents(documents, own_memory)
             each = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
             assert each == expected
+        assert np.array_equal(tokens, memory.tokens)
+        assert memory.tokens[:3].tolist() == [0, 1, 2]
     assert all(tokenizer.vocab_size not in ids for ids in tokenizer.encode_each(BORDER_TEXTS))
 
 

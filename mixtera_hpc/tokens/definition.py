@@ -4,6 +4,7 @@ The post-processor of a tokenizer adds tokens before and after every text (Llama
 texts without them; the data plane adds them to every document itself, so that it knows how long a document is.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any
 from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["AddedTokens", "TokenizerDefinition", "read_definition"]
+__all__ = ["AddedTokens", "TokenizerDefinition", "fingerprint", "read_definition"]
 
 # Names of the end-of-document token, in order of preference.
 _COMMON_EOS_TOKENS = (
@@ -316,3 +317,8 @@ _POST_PROCESSORS: dict[str, Callable[[Any, Mapping[str, int]], AddedTokens]] = {
     "Sequence": _added_by_sequence,
 }
 """Type of a post-processor → what it adds."""
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Return a digest of some bytes, in hexadecimal."""
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()

@@ -7,9 +7,9 @@ document, and `encode_documents` adds them.
 Price: about 3 to 5 µs per kB of text on one core, with gigatoken.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -24,22 +24,28 @@ from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.tokens.chat_template import ChatTemplate, ChatText
 from mixtera_hpc.tokens.chat_tokens import encode_chats
-from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, read_definition
-from mixtera_hpc.tokens.joined_texts import BORDER, Encode, EncodedDocuments, JoinedTexts, with_border
+from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, fingerprint, read_definition
+from mixtera_hpc.tokens.joined_texts import (
+    BORDER,
+    CannotJoin,
+    Encode,
+    Encoded,
+    EncodedDocuments,
+    JoinedTexts,
+    with_border,
+)
+from mixtera_hpc.tokens.stored_token_ids import StoredTokenIds
+from mixtera_hpc.tokens.token_memory import TokenMemory
 
 __all__ = [
     "EncodingSettings",
     "GigatokenTokenizer",
     "HuggingFaceTokenizer",
-    "StoredTokenIds",
     "Tokenizer",
     "check_same_encoding",
     "load_tokenizer",
     "load_vocabulary",
 ]
-
-Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""The tokens of several documents, concatenated, and their offsets; shapes (num_tokens,) and (num_documents + 1,)."""
 
 
 class Tokenizer(Protocol):
@@ -75,10 +81,10 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
+    def encode_documents(self, documents: Sequence[str], memory: TokenMemory | None = None) -> EncodedDocuments:
         """Return the tokens of documents, with `added` at both ends of each one that is not a `ChatText`.
 
-        `sizes` has the expected number of tokens of each, with `added`. Right sizes save time, wrong ones do no harm.
+        They are appended to `memory`, or to new memory.
         """
         ...
 
@@ -127,7 +133,7 @@ class _LibraryTokenizer(ABC):
         self.bos_ids = self.added.before or definition.added.before
         # An index holds counts of tokens: with other settings they would be wrong. `add_eos` changes none of them.
         names = f"{settings.special_tokens_in_text} {self.added.before}".encode()
-        self.fingerprint = _fingerprint(definition.raw, names)
+        self.fingerprint = fingerprint(definition.raw, names)
         self.chat = _chat_template(definition, settings)
 
     @abstractmethod
@@ -147,7 +153,8 @@ class _LibraryTokenizer(ABC):
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         return _concatenate(self.encode_each(documents))
 
-    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
+    def encode_documents(self, documents: Sequence[str], memory: TokenMemory | None = None) -> EncodedDocuments:
+        memory = memory or TokenMemory()
         each = self.encode_each(documents)
         # A chat template writes all special tokens itself.
         is_chat = [isinstance(document, ChatText) for document in documents]
@@ -158,7 +165,8 @@ class _LibraryTokenizer(ABC):
         parts[1::3] = each
         stops = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))[2::3]
         starts = np.append(0, stops)[:-1]
-        return EncodedDocuments(np.frombuffer(b"".join(parts), np.uint32), starts, stops - starts)
+        first = memory.append(np.frombuffer(b"".join(parts), np.uint32))
+        return EncodedDocuments(memory.tokens, starts + first, stops - starts)
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
         return str(self._decoder.decode(tokens.tolist(), skip_special_tokens=False))
@@ -202,12 +210,29 @@ class GigatokenTokenizer(_LibraryTokenizer):
         self._joined = joined if bordered and joined.agrees() else None
         self._check_special_tokens_stay_text()
 
-    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
-        if self._joined is not None and ChatText not in set(map(type, documents)):
-            encoded = self._joined.encode(documents, sizes)
-            if encoded is not None:
-                return encoded
-        return super().encode_documents(documents)
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        if (joined := self._joined_for(documents)) is not None:
+            with suppress(CannotJoin):
+                return joined.count(documents)
+        return super().count_each(documents)
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        if (joined := self._joined_for(documents)) is not None:
+            with suppress(CannotJoin):
+                tokens, counts = joined.encode_batch(documents)
+                return tokens, np.append(0, np.cumsum(counts))
+        return super().encode_batch(documents)
+
+    def encode_documents(self, documents: Sequence[str], memory: TokenMemory | None = None) -> EncodedDocuments:
+        memory = memory or TokenMemory()
+        if (joined := self._joined_for(documents)) is not None:
+            with suppress(CannotJoin):
+                return joined.encode(documents, memory)
+        return super().encode_documents(documents, memory)
+
+    def _joined_for(self, documents: Sequence[str]) -> JoinedTexts | None:
+        """Return what encodes several documents in one call, if they are texts that may be joined."""
+        return self._joined if len(documents) > 1 and ChatText not in set(map(type, documents)) else None
 
     def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         has_border = any(map(contains, documents, repeat(BORDER)))
@@ -249,37 +274,6 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
-
-
-class StoredTokenIds:
-    """The `Tokenizer` of shards that hold token ids: a vocabulary size and an end token. It refuses to encode."""
-
-    def __init__(self, vocab_size: int, eos_id: int | None, *, add_eos: bool = True) -> None:
-        self.vocab_size = vocab_size
-        self.bos_ids: tuple[int, ...] = ()
-        self.eos_id = eos_id
-        self.added = AddedTokens(after=(eos_id,) if add_eos and eos_id is not None else ())
-        self.chat: ChatTemplate | None = None
-        self.fingerprint = _fingerprint(f"stored ids below {vocab_size}, {eos_id} ends a document".encode())
-
-    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        return [self.encode_batch([document])[0] for document in documents]
-
-    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
-        return np.diff(self.encode_batch(documents)[1])
-
-    def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
-        return str(tokens.tolist())
-
-    def encode_documents(self, documents: Sequence[str], sizes: NDArray[np.int64] | None = None) -> EncodedDocuments:
-        tokens, offsets = self.encode_batch(documents)
-        return EncodedDocuments(tokens, offsets[:-1], np.diff(offsets))
-
-    def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        raise ConfigError(
-            "A shard holds text, but dataplane.vocab_size is set, which requires token ids in all shards.\n"
-            "  Set dataplane.tokenizer instead, or exclude the shard with data.exclude."
-        )
 
 
 def _concatenate(tokens: Sequence[NDArray[np.uint32]]) -> Encoded:
@@ -394,7 +388,3 @@ def _tokens_of_every_document(
             f"  Set dataplane.eos_token={texts[-1]!r}, or dataplane.add_eos=false to add nothing."
         )
     return AddedTokens(before, after)
-
-
-def _fingerprint(*parts: bytes) -> str:
-    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()

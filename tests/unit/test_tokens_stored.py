@@ -15,7 +15,8 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.megatron import write_megatron
-from mixtera_hpc.tokens.tokenizer import StoredTokenIds, load_vocabulary
+from mixtera_hpc.tokens.stored_token_ids import StoredTokenIds
+from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,11 @@ class TokenSpool:
         """Ids in the file."""
         self._file = path.open("xb")
 
-    def append(self, tokens: Sequence[NDArray[np.uint32]]) -> None:
-        """Append the ids of some documents."""
-        if tokens:
-            joined = np.concatenate(tokens).astype(self.dtype, copy=False)
-            with self._explain_disk_errors():
-                self._file.write(joined.data)
-            self.position += len(joined)
+    def append(self, tokens: NDArray[np.uint32]) -> None:
+        """Append the ids of some documents; shape (n,)."""
+        with self._explain_disk_errors():
+            self._file.write(tokens.astype(self.dtype, copy=False).data)
+        self.position += len(tokens)
 
     def sync(self) -> None:
         """Write everything to the disk: a log that names ids must not reach it before them."""

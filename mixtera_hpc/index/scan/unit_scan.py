@@ -214,10 +214,14 @@ class _RowCollector:
         """Return the number of tokens of each document; keep those of good rows if there is a spool."""
         if self._spool is None:
             return tokenizer.count_each(documents)
-        encoded = tokenizer.encode_each(documents)
-        bad_rows = set(bad)
-        self._spool.append([tokens for row, tokens in enumerate(encoded) if row not in bad_rows])
-        return np.fromiter(map(len, encoded), np.int64, len(encoded))
+        tokens, offsets = tokenizer.encode_batch(documents)
+        counts = np.diff(offsets)
+        if bad:
+            is_good = np.ones(len(documents), np.bool_)
+            is_good[list(bad)] = False
+            tokens = tokens[np.repeat(is_good, counts)]
+        self._spool.append(tokens)
+        return counts
 
     def _spooled_tokens(self, samples: Mapping[str, Ints]) -> SpooledTokens | None:
         """Return the place of the tokens of the complete rows, which are on disk then."""

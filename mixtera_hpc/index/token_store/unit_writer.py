@@ -143,12 +143,12 @@ class UnitWriter:
     def _encode(self, reader: ShardReader, block: int, chosen: Ints, counts: Ints, lengths: Ints) -> Tokens:
         """Return the tokens of some rows of a block, given the tokens and bytes of all its rows."""
         texts = reader.documents(BlockRef.of(self._index.tables.blocks, block), lengths, chosen)
-        encoded = self._tokenizer.encode_each(texts)
-        given = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        tokens, offsets = self._tokenizer.encode_batch(texts)
+        given = np.diff(offsets)
         wrong = np.flatnonzero(given != counts[chosen])
         if len(wrong):
             raise self._count_error(block, int(chosen[wrong[0]]), int(given[wrong[0]]))
-        return np.concatenate([np.zeros(0, self._dtype), *(tokens.astype(self._dtype) for tokens in encoded)])
+        return tokens.astype(self._dtype)
 
     def _write_group(self, tokens: Tokens, starts: Ints, counts: Ints, tokens_file: int) -> None:
         """Write the tokens of consecutive rows to their places, given those and the tokens of each row."""

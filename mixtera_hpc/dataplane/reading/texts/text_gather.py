@@ -7,9 +7,7 @@ which a later sequence begins stay in memory.
 Price: beside reading, decoding and encoding about 0.3 µs per document.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,21 +19,13 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
+from mixtera_hpc.dataplane.reading.texts.cut_documents import UNREAD, CutDocuments
 from mixtera_hpc.dataplane.watchdog.progress import PACK, TOKENIZE
+from mixtera_hpc.tokens.token_memory import TokenMemory
 
 __all__ = ["TextGather", "row_keys"]
 
-REMEMBERED_BYTES = 32 << 20
-"""Most bytes of documents that stay in memory, because a later sequence begins inside them."""
-FIRST_TOKENS = 1 << 16
-"""Tokens for which memory is allocated at the beginning."""
-MAX_TOKENS = 1 << 24
-"""Most tokens for which memory stays allocated after a read."""
-TOKENS_PER_CALL = 1 << 13
-"""Tokens that one call encodes. It holds the interpreter's lock, for about 0.2 ms."""
-
 Ints = NDArray[np.int64]
-Tokens = NDArray[np.uint32]
 
 
 class TextGather:
@@ -45,10 +35,8 @@ class TextGather:
         """Read nothing yet; `rows` reads the texts."""
         self._source = source
         self._rows = rows
-        self._remembered: OrderedDict[int, Tokens] = OrderedDict()
-        """Row key → tokens of documents in which later sequences begin, the newest at the end."""
-        self._remembered_bytes = 0
-        self._memory = _TokenMemory()
+        self._cut = CutDocuments()
+        self._memory = TokenMemory()
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, special tokens included, ready to be copied.
@@ -79,8 +67,6 @@ class TextGather:
             end=np.maximum.reduceat(documents.last[disk_order], first),
         )
         starts = self._read(read)
-        self._remember(read, starts)
-
         number = np.empty_like(disk_order)
         number[disk_order] = np.cumsum(is_first) - 1
         # Documents are in memory as they are served: with their special tokens.
@@ -88,25 +74,26 @@ class TextGather:
 
     def _read(self, read: "_DistinctDocuments") -> Ints:
         """Write the tokens of documents to memory; return the position of the first token of each."""
-        memory = self._memory
-        memory.clear()
+        self._memory.clear()
         documents = read.documents
-        starts = np.empty(len(read.keys), np.int64)
-        is_unread = np.ones(len(starts), np.bool_)
+        starts = np.full(len(read.keys), UNREAD)
         cut = np.flatnonzero((read.begin > 0) | (read.end < documents.size))
-        known = [
-            number for number, key in zip(cut.tolist(), read.keys[cut].tolist(), strict=True) if key in self._remembered
-        ]
-        if known:
-            tokens = [self._remembered[key] for key in read.keys[known].tolist()]
-            stops = np.cumsum(documents.size[known])
-            starts[known] = memory.append(np.concatenate(tokens)) + stops - documents.size[known]
-            is_unread[known] = False
-        unread = np.flatnonzero(is_unread)
+        starts[cut] = self._cut.take(read.keys[cut], read.begin[cut], self._memory)
+        unread = np.flatnonzero(starts == UNREAD)
         if len(unread):
             texts = documents if len(unread) == len(starts) else documents.select(unread)
             starts[unread] = self._encode(texts, read.position[unread])
+        self._store_cut(read, starts)
         return starts
+
+    def _store_cut(self, read: "_DistinctDocuments", starts: Ints) -> None:
+        """Store the documents in which later sequences begin: the next read uses the memory of this one."""
+        sizes = read.documents.size
+        cut = np.flatnonzero(read.end < sizes)
+        # Neighbouring sequences may share one token.
+        firsts = np.maximum(read.end[cut] - 1, read.begin[cut])
+        begins = starts[cut]
+        self._cut.store(read.keys[cut], firsts, self._memory.tokens, begins + firsts, begins + sizes[cut])
 
     def _encode(self, documents: Documents, position: Ints) -> Ints:
         """Read documents in disk order and write their tokens to memory in the order of `position`.
@@ -126,44 +113,16 @@ class TextGather:
         row = np.empty_like(order)
         row[read.positions] = np.arange(len(order))
         texts = list(map(read.rows.__getitem__, row[order].tolist()))
-        starts = np.empty(len(order), np.int64)
-        expected = documents.size[order]
-        sizes = np.empty(len(order), np.int64)
-        # A group ends with the document in which it reaches its number of tokens.
-        call = np.cumsum(expected) // TOKENS_PER_CALL
-        borders = np.flatnonzero(call[1:] != call[:-1]) + 1
-        for begin, end in pairwise([0, *borders.tolist(), len(texts)]):
-            own = slice(begin, end)
-            encoded = tokenizer.encode_documents(texts[own], expected[own])
-            starts[own] = encoded.starts + self._memory.append(encoded.tokens)
-            sizes[own] = encoded.sizes
+        encoded = tokenizer.encode_documents(texts, self._memory)
         self._rows.place.enter(PACK)
 
         # A wrong count would shift every later sequence of the stream without a sign.
-        wrong = np.flatnonzero(sizes != expected)
+        wrong = np.flatnonzero(encoded.sizes != documents.size[order])
         if len(wrong):
-            raise token_count_error(self._source, documents, int(order[wrong[0]]), int(sizes[wrong[0]]))
-        of_documents = np.empty_like(starts)
-        of_documents[order] = starts
-        return of_documents
-
-    def _remember(self, read: "_DistinctDocuments", starts: Ints) -> None:
-        """Copy the tokens of documents in which later sequences begin, and forget the oldest ones beyond the budget."""
-        sizes = read.documents.size
-        chosen = np.flatnonzero(read.end < sizes)
-        begins = starts[chosen]
-        stops = begins + sizes[chosen]
-        tokens = self._memory.tokens
-        for key, begin, stop in zip(read.keys[chosen].tolist(), begins.tolist(), stops.tolist(), strict=True):
-            if key in self._remembered:
-                self._remembered.move_to_end(key)
-                continue
-            # The next read uses the memory of this one.
-            self._remembered[key] = tokens[begin:stop].copy()
-            self._remembered_bytes += self._remembered[key].nbytes
-        while self._remembered_bytes > REMEMBERED_BYTES and len(self._remembered) > 1:
-            _, oldest = self._remembered.popitem(last=False)
-            self._remembered_bytes -= oldest.nbytes
+            raise token_count_error(self._source, documents, int(order[wrong[0]]), int(encoded.sizes[wrong[0]]))
+        starts = np.empty_like(encoded.starts)
+        starts[order] = encoded.starts
+        return starts
 
 
 class _DistinctDocuments(NamedTuple):
@@ -177,36 +136,6 @@ class _DistinctDocuments(NamedTuple):
     """First token that is wanted."""
     end: Ints
     """One past the last token that is wanted."""
-
-
-class _TokenMemory:
-    """An array that grows. The next read uses the same memory, which is still in the processor's cache."""
-
-    def __init__(self) -> None:
-        self._array: Tokens = np.empty(FIRST_TOKENS, np.uint32)
-        self._size = 0
-
-    @property
-    def tokens(self) -> Tokens:
-        """All tokens."""
-        return self._array[: self._size]
-
-    def clear(self) -> None:
-        """Forget all tokens."""
-        if len(self._array) > MAX_TOKENS:
-            self._array = np.empty(FIRST_TOKENS, np.uint32)
-        self._size = 0
-
-    def append(self, tokens: Tokens) -> int:
-        """Add tokens; return the position of the first one."""
-        first = self._size
-        self._size += len(tokens)
-        if self._size > len(self._array):
-            larger = np.empty(2 * self._size, np.uint32)
-            larger[:first] = self._array[:first]
-            self._array = larger
-        self._array[first : self._size] = tokens
-        return first
 
 
 def row_keys(documents: Documents) -> Ints:

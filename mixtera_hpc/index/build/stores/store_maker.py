@@ -29,7 +29,8 @@ from mixtera_hpc.index.shards import Shard
 from mixtera_hpc.index.token_store.store_files import OFF, StoreFiles, read_header, store_folder, token_type
 from mixtera_hpc.index.token_store.store_job import SpooledResult, StoreReport, StoreSources, write_store
 from mixtera_hpc.index.token_store.store_state import KeptRows, StorePlan
-from mixtera_hpc.tokens.tokenizer import StoredTokenIds, Tokenizer
+from mixtera_hpc.tokens.stored_token_ids import StoredTokenIds
+from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["AnnounceStore", "StoreEstimate", "StoreMaker"]
 
