@@ -115,6 +115,8 @@ class EncodingSettings:
         )
 
 
+TEXTS_PER_CALL = 256
+"""Texts that Hugging Face's library encodes in one call, whose results take about 100 bytes per token."""
 _NO_TOKENS = np.zeros(0, np.uint32)
 _DEFAULTS = EncodingSettings()
 
@@ -272,8 +274,12 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         self._check_special_tokens_stay_text()
 
     def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        tokens: list[NDArray[np.uint32]] = []
+        for first in range(0, len(documents), TEXTS_PER_CALL):
+            texts = list(documents[first : first + TEXTS_PER_CALL])
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            tokens += [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return tokens
 
 
 def _concatenate(tokens: Sequence[NDArray[np.uint32]]) -> Encoded:
