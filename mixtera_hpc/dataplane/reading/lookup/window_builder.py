@@ -66,13 +66,12 @@ def _build(
     position = (first - (np.cumsum(count) - count))[part] + order
     block = block[part]
     columns = samples.columns
-    window = np.repeat(np.arange(len(keys)), num_documents)
     if "is_served" in columns:
         is_served = columns["is_served"][position]
+        window = np.repeat(np.arange(len(keys)), num_documents)
         position = position[is_served]
         block = block[is_served]
-        window = window[is_served]
-        num_documents = np.bincount(window, minlength=len(keys))
+        num_documents = np.bincount(window[is_served], minlength=len(keys))
 
     documents = _documents_at(columns, position, block)
     num_items = num_documents if documents.items is None else _sums(documents.items, num_documents)
