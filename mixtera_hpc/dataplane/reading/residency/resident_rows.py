@@ -2,8 +2,8 @@
 
 When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
 they are served. So do the rows that other domains of the same speed need soon (`rows_ahead`). A domain that moves at
-another speed decodes each block once more. Rows of JSON lines stay in memory as lines, which take a third less than
-objects, and are parsed when they are served.
+another speed decodes each block once more. Rows of JSON lines stay in memory as lines, and rows with nested values as
+pickles. They become objects when they are served, see `packed_rows`.
 
 If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
 window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams, equal_runs
 from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
-from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows
+from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows, packed
 from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
 from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
@@ -281,12 +281,12 @@ class RowReader:
         return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
 
     def _pack_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> PackedRows:
-        """Decode a block and return the named rows as they stay in memory: as lines, where the reader has them."""
+        """Decode a block and return the named rows as they stay in memory."""
         self._limit_blocks()
         block, reader = self._enter_block(number)
         if isinstance(reader, CompressedJsonlReader):
             return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
-        return PackedRows(self._decode_block(raw, number, rows), None)
+        return packed(self._decode_block(raw, number, rows))
 
     def _enter_block(self, number: int) -> tuple[BlockRef, ShardReader]:
         """Record that a block is read, and return it with the reader of its shard."""

@@ -1,0 +1,31 @@
+"""Decoded rows in memory: which stay objects, and that all are served as they were decoded."""
+
+import gc
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.dataplane.reading.residency.packed_rows import packed
+
+NESTED: list[dict[str, Any]] = [
+    {"text": "a", "meta": {"source": "web", "scores": [1.5, None]}},
+    {"text": "b", "when": datetime(2026, 11, 29, tzinfo=UTC), "meta": {}},
+]
+
+
+def test_the_garbage_collector_does_not_visit_rows_with_nested_values() -> None:
+    rows = packed(NESTED)
+    assert not any(map(gc.is_tracked, rows.values))
+    assert rows.unpack is not None
+    assert rows.unpack(rows.values) == NESTED
+
+
+@pytest.mark.parametrize("rows", [["a", "b"], []])
+def test_texts_stay_as_they_are(rows: list[str]) -> None:
+    assert packed(rows) == (rows, None)
+
+
+def test_rows_with_a_value_that_has_no_pickle_stay_objects() -> None:
+    rows = [*NESTED, {"text": "c", "meta": [memoryview(b"c")]}]
+    assert packed(rows) == (rows, None)
