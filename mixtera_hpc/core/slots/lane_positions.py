@@ -111,13 +111,15 @@ class _ServedRanges(NamedTuple):
         if rows is None:
             number, turn, size = number[:, None], turn[:, None], size[:, None]
             lane = np.arange(lanes)[:, None]
+            turn_of_lane = self.turns[:, None]
         else:
             step = rows // lanes
             number, turn, size = number.take(step, axis=0), turn.take(step, axis=0), size.take(step, axis=0)
             lane = (rows - step * lanes)[:, None]
+            turn_of_lane = self.turns.take(lane)
 
         # From the first number of a range to the first one in this lane.
-        distance = (self.turns[lane] - turn) % lanes
+        distance = (turn_of_lane - turn) % lanes
         counts = (size + (lanes - 1) - distance) // lanes
         first = number + distance
         sequence = first // lanes + (self.ranges.origin + lane * self.ranges.lane_length)
@@ -234,10 +236,10 @@ def _numbers_of(sizes: Sequence[int], positions: Sequence[slice], lanes: int) ->
         positions: of the batch of each step, with both ends.
         lanes: number of lanes.
     """
-    begins = accumulate(sizes[:-1], initial=0)
-    steps = zip(sizes, positions, begins, strict=True)
-    parts = [_rotated_positions(size, own.start, own.stop, lanes) + begin for size, own, begin in steps]
-    return np.concatenate(parts), list(accumulate(map(len, parts), initial=0))
+    own = [_rotated_positions(size, part.start, part.stop, lanes) for size, part in zip(sizes, positions, strict=True)]
+    begins = np.fromiter(accumulate(sizes[:-1], initial=0), np.int64, len(sizes))
+    counts = [len(part) for part in own]
+    return np.concatenate(own) + begins.repeat(counts), list(accumulate(counts, initial=0))
 
 
 @lru_cache(maxsize=16)

@@ -131,6 +131,10 @@ class ServedCounts:
         np.negative(age, out=age)
         np.minimum(age, slot, out=age)
         np.putmask(age, is_closed, NOT_OPEN >> bits)
+        # Of the sequences that are released in the last slot, one at most was served: that with the first deadline.
+        is_newest = age == 1
+        first_deadline = np.where(is_newest, deadline, NOT_OPEN).min(axis=1, keepdims=True)
+        np.putmask(deadline, is_newest & (deadline > first_deadline), NOT_OPEN)
         age <<= bits
         age += self._domains
         age.sort(axis=1)
