@@ -218,7 +218,7 @@ class ServedCounts:
         weight = np.concatenate([np.zeros(len(age), np.int64), self.weight[domain] * of_frequent])
 
         event_age = event_age[by_age]
-        slots = np.clip(event_age, last_slots.start, last_slots.stop - 1)
+        slots = np.minimum(np.maximum(event_age, last_slots.start), last_slots.stop - 1)
         room = slots * (UNIT - always - weight[by_age].cumsum()) - load[by_age].cumsum()
         # Events of equal age, and all events before the first L, count together.
         is_last = np.append(event_age[1:] > np.maximum(event_age[:-1], last_slots.start), True)
