@@ -14,6 +14,7 @@ with fewer sequences.
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ LastBatch = Literal["drop", "pad"]
 fewer sequences serves them.
 """
 Ints = NDArray[np.int64]
+_NO_DIGEST = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,10 @@ class ChunkPlan:
     def to_array(self) -> Ints:
         """Return the plan as one int64 buffer of shape (array_size(K),); the last element is the digest."""
         # Layout: chunk, first_step, num_steps, last, K cursors, K lags, K weights, digest.
-        head = np.array([self.chunk, self.first_step, self.num_steps, int(self.last)], np.int64)
-        body = np.concatenate([head, self.cursors, self.lags, self.weights])
-        return np.append(body, _digest(body))
+        head = [self.chunk, self.first_step, self.num_steps, int(self.last)]
+        buffer = np.concatenate([np.array(head, np.int64), self.cursors, self.lags, self.weights, _NO_DIGEST])
+        buffer[-1] = _digest(buffer[:-1])
+        return buffer
 
     @classmethod
     def from_array(cls, buffer: Ints) -> "ChunkPlan":
@@ -345,15 +348,25 @@ def _redistribute(start: _SegmentStart, exhausted: NDArray[np.bool_]) -> _Segmen
 
 
 def _quantise_requested(weights: NDArray[np.float64]) -> Ints:
-    """Convert weights with `quantise_weights` after checking them.
+    """Convert weights with `quantise_weights` after checking them; the result is read-only.
 
     Raises:
         MixtureError: a weight is negative or not finite, or all weights are zero.
     """
+    # Most chunks have the weights of the chunk before.
+    return _quantised(np.asarray(weights, np.float64).tobytes())
+
+
+@lru_cache(maxsize=2)
+def _quantised(content: bytes) -> Ints:
+    """Return the checked and converted weights whose bytes are `content`."""
+    weights = np.frombuffer(content, np.float64)
     low = weights.min()
     high = weights.max()
     if low >= 0 and 0 < high < np.inf:
-        return quantise_weights(weights)
+        units = quantise_weights(weights)
+        units.setflags(write=False)
+        return units
     if low == high == 0:
         raise MixtureError(
             "All weights of the mixture are 0, or belong to domains that were dropped.\n"

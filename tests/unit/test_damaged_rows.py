@@ -11,7 +11,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
@@ -71,7 +71,7 @@ def test_the_steps_before_a_damaged_row_are_served_and_it_is_named(
     [shard] = Path(config.data.root or "").glob("*.jsonl")
     rows = np.array([int(text) for text in order])
     # A row in the middle of the file, and in the middle of a read of several steps.
-    assert steps_per_read(source, BatchSlice()) > 10
+    assert steps_per_read(source, BatchSlice(), items_per_read(source)) > 10
     step = next(step for step in range(5, 90) if 180 < rows[step * BATCH] < 220)
     damage(shard, int(rows[step * BATCH]))
     with caplog.at_level(logging.WARNING, "mixtera_hpc"):

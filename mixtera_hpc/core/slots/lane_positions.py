@@ -247,9 +247,11 @@ def _rotated_positions(size: int, start: int, stop: int, lanes: int) -> Ints:
     """Return which of the `size` sequences of a step, sorted by lane, fill the positions from `start` to `stop`.
 
     The sequences are rotated by half a lane. So the borders between ranks lie in the middle of lanes, and the changing
-    number of sequences per lane does not move them into another lane.
+    number of sequences per lane does not move them into another lane. The result is read-only.
     """
-    return (np.arange(min(start, size), min(stop, size)) + size // (2 * lanes)) % max(size, 1)
+    numbers = (np.arange(min(start, size), min(stop, size)) + size // (2 * lanes)) % max(size, 1)
+    numbers.setflags(write=False)
+    return numbers
 
 
 def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:

@@ -39,7 +39,7 @@ from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, se
 from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
-__all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
+__all__ = ["BatchMaker", "items_per_read", "steps_per_read", "training_steps_of"]
 
 TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 20
@@ -66,6 +66,7 @@ class BatchMaker:
         """
         self._source = source
         self._slice = batch_slice
+        self._items_per_read = items_per_read(source)
         self._audit = audit
         self._streams = source.streams()
         self._documents = SequenceDocuments(source, self._streams)
@@ -96,7 +97,7 @@ class BatchMaker:
 
         Several steps are read together, but an error in the data of a step is raised at that step.
         """
-        size = steps_per_read(self._source, self._slice, plan)
+        size = steps_per_read(self._source, self._slice, self._items_per_read, plan)
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
             together = self._contents_of(plan, steps[first : first + size])
@@ -307,17 +308,26 @@ def _no_tokens(count: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def steps_per_read(source: Source, batch_slice: BatchSlice, plan: ChunkPlan | None = None) -> int:
-    """Return how many steps of `plan`, or of the first chunk, are read together, at least 1.
-
-    For samples it follows from their average size.
-    """
-    size = batch_slice.size_of(source.planner.batch_schedule.size_at(plan.first_step if plan else 0))
+def items_per_read(source: Source) -> int:
+    """Return how many tokens, or samples, are read together. Price: a pass over all blocks of the index."""
     if source.layout.in_tokens:
-        tokens_per_read = STORED_TOKENS_PER_READ if blocks_with_tokens(source).all() else TOKENS_PER_READ
-        return max(1, round(tokens_per_read / (size * source.grid.length)))
+        return STORED_TOKENS_PER_READ if blocks_with_tokens(source).all() else TOKENS_PER_READ
     # The average over the whole index is good enough: only the size of reads depends on it.
     num_samples = int(source.blocks.rows.sum(dtype=np.int64))
     num_bytes = max(int(source.blocks.length.sum()), 1)
-    samples_per_read = SAMPLE_BYTES_PER_READ * num_samples // num_bytes
-    return max(1, samples_per_read // size)
+    return SAMPLE_BYTES_PER_READ * num_samples // num_bytes
+
+
+def steps_per_read(source: Source, batch_slice: BatchSlice, num_items: int, plan: ChunkPlan | None = None) -> int:
+    """Return how many steps of `plan`, or of the first chunk, are read together, at least 1.
+
+    Args:
+        source: the data.
+        batch_slice: the part of each batch.
+        num_items: tokens or samples that are read together, see `items_per_read`.
+        plan: the plan of a chunk.
+    """
+    size = batch_slice.size_of(source.planner.batch_schedule.size_at(plan.first_step if plan else 0))
+    if source.layout.in_tokens:
+        return max(1, round(num_items / (size * source.grid.length)))
+    return max(1, num_items // size)

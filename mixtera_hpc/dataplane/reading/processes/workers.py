@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read, training_steps_of
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, PickledSamples
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
@@ -99,7 +99,9 @@ class Workers:
         """Start `count` processes."""
         self._source = source
         self._slice = batch_slice
-        self._shape = _memory_shape(source, batch_slice, count) if source.layout.in_tokens else None
+        self._items_per_read = items_per_read(source)
+        size = self._range_size(count, source.config.dataplane.chunk_steps)
+        self._shape = _memory_shape(source, batch_slice, size) if source.layout.in_tokens else None
         shared = (source.table_memory, source.block_memory, source.shard_stamps)
         memories = [memory.fd for memory in shared if memory is not None]
         self._workers = [_start_process(self._shape, memories) for _ in range(count)]
@@ -214,8 +216,15 @@ class Workers:
     def _step_ranges(self, plan: ChunkPlan, first_step: int) -> list[range]:
         """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
         steps = training_steps_of(self._source, plan, first_step)
-        size = _range_size(self._source, self._slice, len(self._workers), len(steps), plan)
+        size = self._range_size(len(self._workers), len(steps), plan)
         return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+    def _range_size(self, num_processes: int, num_steps: int, plan: ChunkPlan | None = None) -> int:
+        """Return how many of `num_steps` steps of `plan`, or of the first chunk, one request asks for."""
+        # Rounded up.
+        steps_per_process = -(-num_steps // num_processes)
+        together = steps_per_read(self._source, self._slice, self._items_per_read, plan)
+        return max(1, min(together, steps_per_process))
 
     def _send_source(self) -> None:
         """Send the source once. The trainer's thread must not do it, because a process first has to start."""
@@ -260,21 +269,16 @@ class Workers:
         )
 
 
-def _range_size(
-    source: Source, batch_slice: BatchSlice, num_processes: int, num_steps: int, plan: ChunkPlan | None = None
-) -> int:
-    """Return how many of `num_steps` steps of `plan`, or of the first chunk, one request asks for."""
-    # Rounded up.
-    steps_per_process = -(-num_steps // num_processes)
-    return max(1, min(steps_per_read(source, batch_slice, plan), steps_per_process))
+def _memory_shape(source: Source, batch_slice: BatchSlice, range_size: int) -> MemoryShape:
+    """Return the size of the memory of each process: enough for the batches that are on their way to the trainer.
 
-
-def _memory_shape(source: Source, batch_slice: BatchSlice, num_processes: int) -> MemoryShape:
-    """Return the size of the memory of each process: enough for the batches that are on their way to the trainer."""
-    plane = source.config.dataplane
-    size = _range_size(source, batch_slice, num_processes, plane.chunk_steps)
+    Args:
+        source: the data.
+        batch_slice: the part of each batch.
+        range_size: steps in one request.
+    """
     # The oldest request is being handed out while the others wait.
-    num_slots = (RANGES_AHEAD + 1) * size + plane.prefetch_batches + SPARE_SLOTS
+    num_slots = (RANGES_AHEAD + 1) * range_size + source.config.dataplane.prefetch_batches + SPARE_SLOTS
     largest = batch_slice.size_of(source.planner.batch_schedule.largest)
     return MemoryShape(num_slots=num_slots, batch_size=largest, length=source.grid.length)
 
