@@ -30,8 +30,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup ## train on this machine's own text and write a report
 	$(BIN)/mixtera-hpc demo
 
-# Files with long tests come first, so that all processes end at about the same time; see also tests/conftest.py. Tests
-# of jobs mostly wait for them, so that three processes keep two cores busy.
+# Files with long tests come first, so that all processes end at about the same time, and one process runs the files
+# that wait for jobs; see tests/conftest.py. Three processes keep two cores busy.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 TESTS := tests/slurm tests/mpi tests/e2e tests/property tests/integrations tests/unit
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +31,29 @@ LONG_FILES = {
 }
 """Files of a minute or more. They come first: one that began last would keep one process busy alone."""
 
+WAITING_FILES = ("test_cluster.py", "test_watchdog.py", "test_cluster_runs.py", "test_cluster_launchers.py")
+"""Files whose tests mostly wait for jobs. One process runs all of them, so that the other ones keep the cores busy."""
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    ranks = {name: rank for rank, name in enumerate((*WAITING_FILES, *sorted(LONG_FILES)))}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return the scheduler of `--dist loadfile`, for which all waiting files are one; None for other options."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # Where this hook is called, xdist is installed.
+
+    class WaitingFilesTogether(LoadFileScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "waiting files" if Path(file).name in WAITING_FILES else file
+
+    return WaitingFilesTogether(config, log)
 
 
 def pytest_collection_finish() -> None:
