@@ -48,6 +48,15 @@ def test_the_window_cache_stays_within_its_budget(
     assert len(reads) == num_reads
 
 
+def test_windows_of_past_epochs_are_dropped(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain_streams, "MIN_TABLE_BYTES", 1)
+    items = int(source.layout.epoch_items()[0])
+    streams = source.streams()
+    sizes = [streams.documents(0, epoch * items, (epoch + 1) * items).windows.num_bytes for epoch in range(20)]
+    # Up to three epochs of garbage beside each epoch that can be asked for.
+    assert max(sizes) < 8 * sizes[0]
+
+
 def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(source: Source) -> None:
     read = source.make_block_reader()
     reads = []
@@ -115,6 +124,7 @@ def test_a_lookup_of_many_streams_follows_the_order_of_each(
 ) -> None:
     """Spans of all domains, of up to four epochs, with windows that are dropped and built again meanwhile."""
     monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", window_bytes)
+    monkeypatch.setattr(domain_streams, "MIN_TABLE_BYTES", 1)
     source = open_source(compose([*collection, f"dataplane.{setting}"]), Local())
     items = source.layout.epoch_items()
     expected = []

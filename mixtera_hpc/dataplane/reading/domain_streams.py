@@ -33,6 +33,8 @@ Ints = NDArray[np.int64]
 
 WINDOW_CACHE_BYTES = 512 << 20
 """Windows that one reading thread keeps, at least those that were used last."""
+MIN_TABLE_BYTES = 1 << 20
+"""Size of the window table from which on the windows of past epochs are removed."""
 SAMPLE_CACHE_BYTES = 128 << 20
 """Sample columns that a reading thread keeps: all domains return to the blocks they share."""
 
@@ -161,6 +163,8 @@ class DomainStreams:
         self._served_domains = np.array(sorted(self._served), np.int64)
         self._epoch_items = layout.epoch_items()
         self._max_bytes = WINDOW_CACHE_BYTES
+        self._limit = min(MIN_TABLE_BYTES, self._max_bytes)
+        """Size of the window table at which windows are dropped."""
         sample_bytes = min(SAMPLE_CACHE_BYTES, WINDOW_CACHE_BYTES)
         self._samples = BlockSamples(layout, read_blocks, domain_of, is_not_dropped, sample_bytes)
         self._orders = EpochOrders(layout)
@@ -258,16 +262,28 @@ class DomainStreams:
         return begin + shift, end + shift
 
     def _begin_lookup(self) -> None:
-        """Drop windows that were not used for longest if there are too many; keep those of the last lookup."""
+        """Drop windows if there are too many: those of past epochs, or else those that were not used for longest.
+
+        Without it, the table would grow with every epoch, and writing to fresh memory takes longer than to compute
+        what is written. Windows of the last lookup are kept if they can be asked for again.
+        """
         self._num_lookups += 1
-        if self._windows.num_bytes <= self._max_bytes:
+        num_bytes = self._windows.num_bytes
+        if num_bytes <= self._limit:
             return
-        chosen = self._windows.recently_used(self._max_bytes // 2)
+        chosen = np.union1d(self._orders.windows_in_memory(), self._repeated.windows_in_memory())
+        chosen_bytes = self._windows.bytes_of(chosen)
+        if num_bytes > self._max_bytes and 2 * chosen_bytes > self._max_bytes:
+            chosen = self._windows.recently_used(self._max_bytes // 2)
+        elif 2 * chosen_bytes > num_bytes:
+            self._limit = min(2 * num_bytes, self._max_bytes)
+            return
         numbers = np.full(len(self._windows), NOT_IN_MEMORY, np.int64)
         numbers[chosen] = np.arange(len(chosen))
         self._windows = self._windows.select(chosen)
         self._orders.renumber(numbers)
         self._repeated.renumber(numbers)
+        self._limit = min(max(4 * chosen_bytes, MIN_TABLE_BYTES), self._max_bytes)
 
     def _cut_at_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Return domain, epoch, and first and last item in the base order of the epoch, of the parts of spans."""

@@ -113,6 +113,10 @@ class EpochOrders:
         soon = following[is_needed_soon & (self.window[following] == NOT_IN_MEMORY)]
         return np.unique(np.concatenate([missing, soon]))
 
+    def windows_in_memory(self) -> Ints:
+        """Return the numbers in the window table of all windows that can be asked for."""
+        return self.window[self.window >= 0]
+
     def renumber(self, numbers: Ints) -> None:
         """Follow a change of the window table; `numbers` has the new number of each window, or `NOT_IN_MEMORY`."""
         in_table = np.flatnonzero(self.window >= 0)

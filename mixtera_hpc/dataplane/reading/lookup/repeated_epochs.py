@@ -74,6 +74,10 @@ class RepeatedEpochs:
         is_small: NDArray[np.bool_] = self._is_small[domain] == 1
         return is_long & is_small & (starts >= self._first_epoch[domain] * self._epoch_items[domain])
 
+    def windows_in_memory(self) -> Ints:
+        """Return the numbers of all groups in the window table."""
+        return np.array(list(self._windows.values()), np.int64)
+
     def renumber(self, numbers: Ints) -> None:
         """Follow a change of the window table; `numbers` has the new number of each window, -1 if it was dropped."""
         renumbered = {key: int(numbers[window]) for key, window in self._windows.items()}

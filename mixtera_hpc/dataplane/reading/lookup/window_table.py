@@ -95,6 +95,10 @@ class WindowTable:
         """Bytes of all documents in memory."""
         return len(self._columns) * self._columns.row_bytes
 
+    def bytes_of(self, windows: Ints) -> int:
+        """Return the bytes of the documents of some windows."""
+        return int(self._counts()[windows].sum()) * self._columns.row_bytes
+
     def append(self, keys: list[WindowKey], counts: Ints, documents: WindowDocuments) -> None:
         """Add windows with so many documents each."""
         first = len(self._columns) + np.cumsum(counts) - counts
