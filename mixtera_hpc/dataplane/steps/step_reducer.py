@@ -121,7 +121,9 @@ class StepReducer:
         self._num_domains = num_domains
         self._scales = scales or {}
         self._num_rows = NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(self._scales)
-        self._num_checks = NUM_SCALAR_CHECKS if self._scales else 0
+        num_checks = NUM_SCALAR_CHECKS if self._scales else 0
+        self._end_of_rows = comm.size + self._num_rows * num_domains
+        self._buffer_size = self._end_of_rows + num_checks + NUM_FLAGS
         self._size_of_step = size_of_step
         self._group = batch_slice.group
         # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
@@ -179,6 +181,9 @@ class StepReducer:
         waiting = self._waiting.popleft()
         losses = waiting.losses
         is_counted = waiting.is_counted
+        if self._parts is None and not self._scales and not (is_counted and losses.has_losses):
+            self.post(waiting.step, None, waiting.flags)
+            return
         scalars = np.zeros((self._num_rows - NUM_BUFFER_ROWS, self._num_domains), np.int64)
         if waiting.scalars is not None and is_counted:
             scalars = waiting.scalars.rows(self._num_domains)
@@ -212,7 +217,7 @@ class StepReducer:
     def post(
         self,
         step: int,
-        rows: Ints,
+        rows: Ints | None,
         flags: RankFlags,
         *,
         num_padding: int = 0,
@@ -225,7 +230,7 @@ class StepReducer:
         Args:
             step: the training step after the one of the previous call.
             rows: this rank's sums, shape (NUM_BUFFER_ROWS, K), and rows of scalars if the run has any; see
-                `core.statistics.accumulate_losses` and `core.measures.scalars`.
+                `core.statistics.accumulate_losses` and `core.measures.scalars`. None if it recorded nothing.
             flags: what this rank reports about the step.
             num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
@@ -233,20 +238,24 @@ class StepReducer:
             checks: numbers that show which sequences have scalars (`checks_of`), shape (NUM_SCALAR_CHECKS,). None if
                 this rank recorded no losses, or the run has no scalars.
         """
-        vote = self._group_hash if num_padding or rows[2].any() else 0
-        content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
-        requests = [int(flags.stop), int(flags.save), int(is_partial)]
-        tail = [*requests, content, num_padding, vote, flags.digest & DIGEST_MASK]
         # One buffer, so that times, losses and flags need a single collective.
-        times = np.zeros(self._comm.size, np.int64)
-        times[self._comm.rank] = pack_times(flags.times)
-        if checks is None:
-            checks = np.zeros(self._num_checks, np.int64)
-        buffer = np.concatenate([times, rows.reshape(-1), checks, np.array(tail, np.int64)])
+        buffer = np.zeros(self._buffer_size, np.int64)
+        buffer[self._comm.rank] = pack_times(flags.times)
+        has_sequences = num_padding > 0
+        num_values = 0
+        if rows is not None:
+            buffer[self._comm.size : self._end_of_rows] = rows.reshape(-1)
+            has_sequences |= bool(rows[2].any())
+            num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
+        if checks is not None:
+            buffer[self._end_of_rows : -NUM_FLAGS] = checks
+        content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
+        vote = self._group_hash if has_sequences else 0
+        digest = flags.digest & DIGEST_MASK
+        buffer[-NUM_FLAGS:] = flags.stop, flags.save, is_partial, content, num_padding, vote, digest
+        # MPI owns both arrays until the request is complete; the entry keeps them alive.
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
-        # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
         self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
 
     def poll(self) -> list[StepResult]:
@@ -272,13 +281,9 @@ class StepReducer:
 
     def drain(self) -> list[StepResult]:
         """Return the same as `poll`, after waiting for all reductions, without checking them. **Collective.**"""
-        last_steps = [
-            *(r.step for r in self._running),
-            *(m.step for m in self._merging),
-            *(w.step for w in self._waiting),
-        ]
-        if last_steps:
-            self._complete_to(last_steps[-1])
+        steps = [r.step for r in self._running] + [m.step for m in self._merging] + [w.step for w in self._waiting]
+        if steps:
+            self._complete_to(steps[-1])
         return self._take_results()
 
     def _post_merged(self) -> None:
@@ -312,17 +317,15 @@ class StepReducer:
             self._complete_first(reduce_s=time.perf_counter() - began)
 
     def _take_results(self) -> list[StepResult]:
-        results = self._results
-        self._results = []
+        results, self._results = self._results, []
         return results
 
     def _complete_first(self, reduce_s: float) -> None:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         num_ranks = self._comm.size
-        end_of_rows = num_ranks + self._num_rows * self._num_domains
-        rows = reduction.result[num_ranks:end_of_rows].reshape(self._num_rows, self._num_domains)
-        checks = reduction.result[end_of_rows:-NUM_FLAGS]
+        rows = reduction.result[num_ranks : self._end_of_rows].reshape(self._num_rows, self._num_domains)
+        checks = reduction.result[self._end_of_rows : -NUM_FLAGS]
         stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
@@ -336,7 +339,10 @@ class StepReducer:
             num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
         )
         stages = maxima_of(reduction.result[:num_ranks]) if self._comm.rank == 0 else None
-        statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales, stages)
+        if num_sequences == 0 and not self._scales:
+            statistics = self._without_losses.of_step(reduction.step, stages)
+        else:
+            statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales, stages)
         reduction.has_other_scalars = not is_partial and bool((checks % num_copies).any())
         is_wrong = differs or is_partial or num_partial or content_sum or reduction.has_other_scalars
         if is_wrong and self._mismatch is None:
