@@ -88,9 +88,10 @@ class _ServedRanges(NamedTuple):
     turns: Ints
     """The turn of the lane of every lane, in [0, L); shape (L,)."""
     number: Ints
-    """The first served number, counted from the origin of its range; shape (S, R)."""
-    turn: Ints
-    """The turn of the lane of the first number; every number after it has the next turn. Shape (S, R)."""
+    """The first served number, counted from the origin of its range; shape (S, R).
+
+    Modulo L it is the turn of its lane. Every number after it has the next turn.
+    """
     size: Ints
     """How many numbers are served; shape (S, R)."""
 
@@ -99,27 +100,30 @@ class _ServedRanges(NamedTuple):
         """Return what steps serve, given the first served number of every domain and one past the last; (S, K) each."""
         begin = first.take(ranges.domain, axis=1)
         end = stop.take(ranges.domain, axis=1)
-        begin = np.minimum(np.maximum(begin, ranges.first), ranges.stop)
-        end = np.minimum(np.maximum(end, ranges.first), ranges.stop)
-        number = begin - ranges.origin
-        return cls(ranges, turns, number, number % len(turns), end - begin)
+        for number in (begin, end):
+            np.maximum(number, ranges.first, out=number)
+            np.minimum(number, ranges.stop, out=number)
+        end -= begin
+        begin -= ranges.origin
+        return cls(ranges, turns, begin, end)
 
     def cells(self, rows: NDArray[np.intp] | None = None) -> _Cells:
         """Return the cells of all lanes of all steps, or of the lanes with the numbers `rows`: L · step + lane."""
         lanes = len(self.turns)
-        number, turn, size = self.number, self.turn, self.size
         if rows is None:
-            number, turn, size = number[:, None], turn[:, None], size[:, None]
+            number = self.number[:, None]
+            size = self.size[:, None]
             lane = np.arange(lanes)[:, None]
             turn_of_lane = self.turns[:, None]
         else:
             step = rows // lanes
-            number, turn, size = number.take(step, axis=0), turn.take(step, axis=0), size.take(step, axis=0)
+            number = self.number.take(step, axis=0)
+            size = self.size.take(step, axis=0)
             lane = (rows - step * lanes)[:, None]
             turn_of_lane = self.turns.take(lane)
 
         # From the first number of a range to the first one in this lane.
-        distance = (turn_of_lane - turn) % lanes
+        distance = (turn_of_lane - number) % lanes
         counts = (size + (lanes - 1) - distance) // lanes
         first = number + distance
         sequence = first // lanes + (self.ranges.origin + lane * self.ranges.lane_length)
@@ -146,7 +150,7 @@ class _ServedRanges(NamedTuple):
         dealt = size if is_dealt.all() else size * is_dealt
         # Whole rounds add one to every lane. The rest of a range adds one to neighbouring turns, counted by its ends.
         rounds, rest = np.divmod(dealt, lanes)
-        begins = self.turn + np.arange(0, len(size) * width, width)[:, None]
+        begins = self.number % lanes + np.arange(0, len(size) * width, width)[:, None]
         changes = np.bincount(begins.ravel(), minlength=len(size) * width)
         changes -= np.bincount((begins + rest).ravel(), minlength=len(size) * width)
         per_turn = changes.reshape(-1, width).cumsum(axis=1)
