@@ -28,7 +28,7 @@ from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sample_costs import SampleCosts
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.reading.step_sequences import planned_slots, slots_of_plan
 from mixtera_hpc.dataplane.resume.cut_streams import cut_streams
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -260,6 +260,25 @@ def test_balancing_changes_only_the_positions_inside_a_group(
     ranks = 3 if group % 3 == 0 else 2
     # Each group is divided once for this number of ranks, by a heuristic.
     assert max_over_mean(costs[1], ranks) <= max_over_mean(costs[0], ranks) * 1.02
+
+
+def test_steps_that_do_not_follow_each_other_have_the_sequences_that_they_have_in_the_chunk(
+    plain: dict[str, Any],
+) -> None:
+    """Forecasts leave out steps of another size."""
+    source = source_of(plain, lanes=3)
+    plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
+    order = source.planner.order(plan)
+    steps = range(plan.first_step, plan.first_step + plan.num_steps)
+    assert len(steps) > 2
+    whole = slice(0, source.batch_size_of(0))
+    some, every = (
+        planned_slots(source, order, plan.first_step, chosen, [whole] * len(chosen)).steps()
+        for chosen in (steps[::2], steps)
+    )
+    for one, other in zip(some, every[::2], strict=True):
+        assert one.domain.tolist() == other.domain.tolist()
+        assert one.ordinal.tolist() == other.ordinal.tolist()
 
 
 def test_the_loss_of_a_part_behind_another_document_does_not_count(plain: dict[str, Any]) -> None:
