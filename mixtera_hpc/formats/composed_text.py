@@ -203,9 +203,23 @@ def _texts_of_function(
     # A shifted list would give every row the text of another.
     if len(values) != len(rows):
         raise DataError(f"{name}, the function of data.text, returned {len(values)} texts for {len(rows)} rows.")
-    problems = [
-        (number, f"{name} returned {type(value).__name__} instead of text")
-        for number, value in enumerate(values)
-        if not isinstance(value, str)
-    ]
-    return [value if isinstance(value, str) else "" for value in values], problems
+    texts: list[str] = []
+    problems: list[tuple[int, str]] = []
+    for number, value in enumerate(values):
+        problem = _problem_of(value)
+        texts.append(value if problem is None else "")
+        if problem is not None:
+            problems.append((number, f"{name} returned {problem}"))
+    return texts, problems
+
+
+def _problem_of(value: Any) -> str | None:
+    """Return the reason why a function's result is no text; None if it is one."""
+    if not isinstance(value, str):
+        return f"{type(value).__name__} instead of text"
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate {value[error.start]!a}, half of a character"
+    return None

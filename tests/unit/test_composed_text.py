@@ -43,6 +43,7 @@ def join(rows): return [f"{r['title']}\\n\\n{r['meta']['body']}({r['year']})" fo
 def few(rows): return ["x"]
 def endings(rows): return [sorted(r) for r in rows]
 def none(rows): return [None for _ in rows]
+def half(rows): return ["a\\ud83d" for _ in rows]
 def broken(rows): raise KeyError("title")
 """
 
@@ -126,6 +127,7 @@ def test_a_row_without_a_field_is_bad(row: dict[str, Any], problem: str, tmp_pat
         ("function:text_makers.jion", ConfigError, r"data\.text is 'text_makers\.jion'.*Did you mean 'join'"),
         ("function:text_makers.few", DataError, "returned 1 texts for 40 rows"),
         ("function:text_makers.none", DataError, "unreadable rows"),
+        ("function:text_makers.half", DataError, "unreadable rows"),
         (
             "function:text_makers.broken",
             DataError,
