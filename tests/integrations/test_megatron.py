@@ -1,8 +1,12 @@
-"""The example of a loop on megatron-core's groups of ranks."""
+"""The example of a loop on megatron-core's groups of ranks.
+
+A stop of several ranks is that of the plain loop in test_torch.py, and test_megatron_pretrain.py stops `MegatronData`:
+`make integrations` leaves both together out.
+"""
 
 import pytest
 
-from .conformance import NUM_STEPS, Runs, TrainerConformance
+from .conformance import EVERY_LAUNCHER, NUM_STEPS, Runs, TrainerConformance
 from .launching import Example
 from .served_stream import read_records, trained_digests
 
@@ -24,3 +28,8 @@ class TestMegatron(TrainerConformance):
         assert trained_digests(records) == runs.stream.digests
         first, second = ([record.digests for record in records if record.rank == rank] for rank in (0, 1))
         assert first == second
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("launcher", [launcher for (launcher,) in EVERY_LAUNCHER])
+    def test_a_stop_file_ends_the_run_resumably(self, launcher: str, runs: Runs) -> None:
+        super().test_a_stop_file_ends_the_run_resumably(launcher, runs)
