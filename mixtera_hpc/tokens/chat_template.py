@@ -55,6 +55,10 @@ class ChatText(str):
         made.trained = trained
         return made
 
+    def __getnewargs__(self) -> tuple[str, Spans | None]:  # type: ignore[override]
+        """Return the arguments with which pickle and copy make it again."""
+        return str(self), self.trained
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
