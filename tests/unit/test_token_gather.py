@@ -20,6 +20,8 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.reading.stored import document_places, mapped_files, token_gather
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.readers.megatron import MegatronReader
@@ -221,6 +223,32 @@ def test_two_readers_share_the_file_descriptors(overrides: list[str], tmp_path: 
             assert (tokens[0] == tokens[1]).all()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_places_are_kept_where_not_all_files_can_be_mapped(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3, 20):
+        write_documents(tmp_path / f"data/{number}", number, TYPES[number % 2], count=4)
+    config = compose([*overrides, "mixture.group_by=[]", "dataplane.add_bos=false"])
+    build_index(config)
+    source = open_source(config, Local())
+    documents = source.streams().documents(0, 0, int(source.layout.epoch_items()[0]))
+    sizes = [int(documents.wanted.sum())]
+    mapped = []
+    map_one = MappedFiles._map_one
+    monkeypatch.setattr(MappedFiles, "_map_one", lambda *place: (mapped.append(place[1]), map_one(*place)))
+    monkeypatch.setattr(document_places, "max_mapped_files", lambda: 5)
+    monkeypatch.setattr(token_gather, "max_mapped_files", lambda: 5)
+    monkeypatch.setattr(mapped_files, "max_mapped_files", lambda: 5)
+    counts = []
+    with contextlib.closing(DocumentReader(source)) as reader:
+        for _ in range(2):
+            mapped.clear()
+            reader.prepare(documents, sizes)
+            counts.append(len(mapped))
+    # The second read maps each file once, to copy its tokens.
+    assert counts[1] <= 20 < counts[0]
 
 
 def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Which special tokens a stored document begins and ends with follows from its len
 counted, so no token is read for it. Only if a tokenizer has one token that begins documents, a document with one more
 token than counted is ambiguous: its last token decides.
 Price: about 40 numpy calls per read, 40 ns per document, and 4 bytes of memory per block. If all epochs have the same
-order, places are kept instead, 13 bytes per document, and a read gathers three columns.
+order, or there are more files than can be mapped, the places of all documents of a window are kept, 13 bytes each.
 """
 
 from dataclasses import dataclass
@@ -69,6 +69,9 @@ class DocumentPlaces:
         self._num_shards = len(source.index.shard_paths)
         self._file_of_block = source.blocks.shard.astype(np.int32)
         self._store_rows = StoreRows(source, self._file_of_block) if source.index.token_stores else None
+        num_files = self._num_shards + len(source.index.token_stores)
+        # Without room for all files, each read would map files twice: to locate documents, and to copy tokens.
+        self._keeps_places = source.layout.order.repeats or num_files > max_mapped_files()
         self._table: WindowTable | None = None
         self._columns = GrowingColumns({"file": np.int32, "start": np.int64, "missing": np.int8})
         """One row per document of `_table`."""
@@ -87,7 +90,7 @@ class DocumentPlaces:
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
-        if not self._source.layout.order.repeats:
+        if not self._keeps_places:
             return self._find(documents, tokenizer)
         self._follow(documents.windows)
         missing = self._columns["missing"][documents.number]
