@@ -74,7 +74,7 @@ class ShuffleOrder:
 
     @property
     def repeats(self) -> bool:
-        """True if sequences are permuted elsewhere, and the documents of every epoch come in one and the same order."""
+        """True if all epochs have their documents in the same order, because sequences are shuffled instead."""
         return self.shuffle == "sequence"
 
     def epoch(self, epoch: int, blocks: NDArray[np.integer[Any]], sizes: Ints, block_bytes: Ints) -> EpochOrder:

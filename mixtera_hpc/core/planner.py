@@ -45,7 +45,8 @@ LastBatch = Literal["drop", "pad"]
 fewer sequences serves them.
 """
 Ints = NDArray[np.int64]
-_NO_DIGEST = np.zeros(1, np.int64)
+_DIGEST_PLACE = np.zeros(1, np.int64)
+"""The last element of a plan's buffer, before the digest is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class ChunkPlan:
         """Return the plan as one int64 buffer of shape (array_size(K),); the last element is the digest."""
         # Layout: chunk, first_step, num_steps, last, K cursors, K lags, K weights, digest.
         head = [self.chunk, self.first_step, self.num_steps, int(self.last)]
-        buffer = np.concatenate([np.array(head, np.int64), self.cursors, self.lags, self.weights, _NO_DIGEST])
+        buffer = np.concatenate([np.array(head, np.int64), self.cursors, self.lags, self.weights, _DIGEST_PLACE])
         buffer[-1] = _digest(buffer[:-1])
         return buffer
 
@@ -161,7 +162,7 @@ class Planner:
     on_exhausted: OnExhausted
     last_batch: LastBatch = "drop"
     _newest: list[tuple[ChunkPlan, list[_Segment]]] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The plan that was expanded last, and its segments: every rank needs them twice, in two threads."""
+    """The plan that was expanded last and its segments, if any: every rank needs them twice, in two threads."""
 
     # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
@@ -290,6 +291,7 @@ class Planner:
         return start
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
+        """Return the segments of a plan, which are computed once for several calls in a row."""
         for known, segments in self._newest:
             if known is plan:
                 return segments
@@ -359,7 +361,7 @@ def _quantise_requested(weights: NDArray[np.float64]) -> Ints:
 
 @lru_cache(maxsize=2)
 def _quantised(content: bytes) -> Ints:
-    """Return the checked and converted weights whose bytes are `content`."""
+    """Check and convert the weights whose float64 bytes are `content`."""
     weights = np.frombuffer(content, np.float64)
     low = weights.min()
     high = weights.max()

@@ -4,7 +4,7 @@ The sequences of a step are consecutive served numbers of each domain, and conse
 0, g, 2g, … (mod L). So the sequences per lane follow from the first number and the number of sequences of every domain,
 and those of a lane are L numbers apart. What a step has of one domain in one lane is a *cell* here. Price: a few numpy
 operations on numbers per cell of the lanes that the positions touch, for several steps at once; nothing depends on the
-size of the global batch. Where that is more than the sequences of the steps, these are expanded and sorted instead.
+size of the global batch. Where there are more cells than sequences in the steps, all sequences are expanded and sorted.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.core.slots.step_slots import StepSlots
 
-__all__ = ["LaneRanges", "positions_of_steps", "sort_by_lane"]
+__all__ = ["LaneRanges", "positions_of_steps"]
 
 FEW_CELLS = 4096
-"""Cells that cost less than to find out which lanes are touched."""
+"""Largest number of cells that are all computed: to find the touched lanes first would cost more."""
 
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
@@ -54,7 +54,7 @@ class LaneRanges(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """What steps have of each range in each lane, sorted by step, lane and range; shape (n,) each.
+    """The sequences of steps in each lane of each range, sorted by step, lane and range; shape (n,) each.
 
     Sequence m of all cells, which belongs to cell c, has the served number `ordinal[c] + stride[c] * m` of its domain
     and the number `sequence[c] + m` in the stream of its domain.
@@ -66,9 +66,10 @@ class _Cells(NamedTuple):
     sequence: Ints
     stride: Ints | int
 
-    def at(self, numbers: Ints) -> Slots:
+    def slots(self, numbers: Ints) -> Slots:
         """Return the sequences with some numbers, counted through all cells."""
         ends = self.counts.cumsum()
+        # For few of the sequences, a binary search for each; else a table of the cells of all sequences.
         if 8 * len(numbers) < ends[-1]:
             cell = ends.searchsorted(numbers, "right")
         else:
@@ -82,7 +83,7 @@ class _Cells(NamedTuple):
 
 
 class _ServedRanges(NamedTuple):
-    """What steps serve of some ranges; S steps, R ranges, L lanes."""
+    """The served numbers of S steps in each of R ranges, which are dealt out to L lanes."""
 
     ranges: LaneRanges
     turns: Ints
@@ -97,7 +98,14 @@ class _ServedRanges(NamedTuple):
 
     @classmethod
     def of_steps(cls, ranges: LaneRanges, turns: Ints, first: Ints, stop: Ints) -> "_ServedRanges":
-        """Return what steps serve, given the first served number of every domain and one past the last; (S, K) each."""
+        """Cut the served numbers of each domain at the ranges.
+
+        Args:
+            ranges: all numbers that the steps serve.
+            turns: the turn of every lane; shape (L,).
+            first: first served number of every domain in every step; shape (S, K).
+            stop: one past the last served number; shape (S, K).
+        """
         begin = first.take(ranges.domain, axis=1)
         end = stop.take(ranges.domain, axis=1)
         for number in (begin, end):
@@ -107,19 +115,19 @@ class _ServedRanges(NamedTuple):
         begin -= ranges.origin
         return cls(ranges, turns, begin, end)
 
-    def cells(self, rows: NDArray[np.intp] | None = None) -> _Cells:
-        """Return the cells of all lanes of all steps, or of the lanes with the numbers `rows`: L · step + lane."""
+    def cells(self, step_lanes: NDArray[np.intp] | None = None) -> _Cells:
+        """Return the cells of all lanes of all steps, or of the lanes with the numbers L · step + lane."""
         lanes = len(self.turns)
-        if rows is None:
+        if step_lanes is None:
             number = self.number[:, None]
             size = self.size[:, None]
             lane = np.arange(lanes)[:, None]
             turn_of_lane = self.turns[:, None]
         else:
-            step = rows // lanes
+            step = step_lanes // lanes
             number = self.number.take(step, axis=0)
             size = self.size.take(step, axis=0)
-            lane = (rows - step * lanes)[:, None]
+            lane = (step_lanes - step * lanes)[:, None]
             turn_of_lane = self.turns.take(lane)
 
         # From the first number of a range to the first one in this lane.
@@ -154,38 +162,41 @@ class _ServedRanges(NamedTuple):
         changes = np.bincount(begins.ravel(), minlength=len(size) * width)
         changes -= np.bincount((begins + rest).ravel(), minlength=len(size) * width)
         per_turn = changes.reshape(-1, width).cumsum(axis=1)
-        of_turns = per_turn[:, :lanes] + per_turn[:, lanes : 2 * lanes] + rounds.sum(axis=1, keepdims=True)
-        of_lanes: Ints = of_turns.take(self.turns, axis=1)
+        # Turns from L on are those of the next round.
+        by_turn = per_turn[:, :lanes] + per_turn[:, lanes : 2 * lanes] + rounds.sum(axis=1, keepdims=True)
+        by_lane: Ints = by_turn.take(self.turns, axis=1)
         if dealt is not size:
-            of_lanes[:, -1] += (size - dealt).sum(axis=1)
-        return of_lanes.ravel()
+            # Sequences that are not dealt out are in the last lane.
+            by_lane[:, -1] += (size - dealt).sum(axis=1)
+        return by_lane.ravel()
 
-    def expanded_at(self, numbers: Ints) -> Slots:
-        """Return the sequences with some numbers, counted through all steps, from all sequences of the steps."""
+    def sorted_slots(self, numbers: Ints) -> Slots:
+        """Return the sequences with some numbers, counted through all cells, by sorting all sequences of the steps."""
         lanes = len(self.turns)
         num_steps, num_ranges = self.size.shape
         filled = np.flatnonzero(self.size)
         size = self.size.ravel().take(filled)
         step = filled // num_ranges
         ranges = self.ranges.select(filled - step * num_ranges)
-        place = np.arange(len(filled)).repeat(size)
+        # Of each sequence: its step and range, as a position in `filled`, and its served number from the origin on.
+        part = np.arange(len(filled)).repeat(size)
         first = self.number.ravel().take(filled) - (size.cumsum() - size)
-        number: Ints = np.add(first.take(place), np.arange(len(place)), dtype=np.int64)
+        number: Ints = np.add(first.take(part), np.arange(len(part)), dtype=np.int64)
         rounds = number // lanes
         lane = self.turns.argsort().take(number - rounds * lanes)
-        at_end = None if ranges.is_dealt.all() else ~ranges.is_dealt.take(place)
+        at_end = None if ranges.is_dealt.all() else ~ranges.is_dealt.take(part)
         if at_end is not None:
             lane[at_end] = lanes - 1
 
         # The steps ascend, so a sort by step and lane sorts each step by lane.
-        by_lane = _stable_order((step * lanes).take(place) + lane, num_steps * lanes).take(numbers)
-        place = place.take(by_lane)
-        origin = ranges.origin.take(place)
+        by_lane = _stable_order((step * lanes).take(part) + lane, num_steps * lanes).take(numbers)
+        part = part.take(by_lane)
+        origin = ranges.origin.take(part)
         ordinal = number.take(by_lane) + origin
-        sequence = origin + lane.take(by_lane) * ranges.lane_length.take(place) + rounds.take(by_lane)
+        sequence = origin + lane.take(by_lane) * ranges.lane_length.take(part) + rounds.take(by_lane)
         if at_end is not None:
             sequence = np.where(at_end.take(by_lane), ordinal, sequence)
-        return Slots(domain=ranges.domain.astype(np.int32).take(place), ordinal=ordinal, sequence=sequence)
+        return Slots(domain=ranges.domain.astype(np.int32).take(part), ordinal=ordinal, sequence=sequence)
 
 
 def positions_of_steps(
@@ -212,28 +223,28 @@ def _slots_at(served: _ServedRanges, numbers: Ints, num_sequences: int) -> Slots
         return StepSlots.of_steps([]).together
     lanes = len(served.turns)
     if served.size.size * lanes <= min(FEW_CELLS, num_sequences):
-        return served.cells().at(numbers)
+        return served.cells().slots(numbers)
     if 2 * len(numbers) >= num_sequences:
         # The rank gets most of the batches.
-        return served.expanded_at(numbers)
+        return served.sorted_slots(numbers)
     per_lane = served.per_lane()
     ends = per_lane.cumsum()
-    row = ends.searchsorted(numbers, "right")
+    step_lane = ends.searchsorted(numbers, "right")
     is_touched = np.zeros(len(ends), np.bool_)
-    is_touched[row] = True
-    rows = np.flatnonzero(is_touched)
-    if len(rows) * served.size.shape[1] > num_sequences:
+    is_touched[step_lane] = True
+    touched = np.flatnonzero(is_touched)
+    if len(touched) * served.size.shape[1] > num_sequences:
         # Many lanes of many domains.
-        return served.expanded_at(numbers)
-    # Leave out the sequences of other lanes.
+        return served.sorted_slots(numbers)
+    # Only the cells of touched lanes: the numbers do not count the sequences of the others.
     others = np.where(is_touched, 0, per_lane).cumsum()
-    return served.cells(rows).at(numbers - others.take(row))
+    return served.cells(touched).slots(numbers - others.take(step_lane))
 
 
 def _numbers_of(sizes: Sequence[int], positions: Sequence[slice], lanes: int) -> tuple[Ints, list[int]]:
-    """Return the sequences at some positions as numbers counted through all steps, and where each step begins.
+    """Return which sequences are at some positions, and where those of each step begin, then the number of all.
 
-    The sequences of each step are sorted by lane.
+    The sequences are numbered through all steps, and inside each step by lane.
 
     Args:
         sizes: sequences of each step.
@@ -256,11 +267,6 @@ def _rotated_positions(size: int, start: int, stop: int, lanes: int) -> Ints:
     numbers = (np.arange(min(start, size), min(stop, size)) + size // (2 * lanes)) % max(size, 1)
     numbers.setflags(write=False)
     return numbers
-
-
-def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
-    """Return which sequence of a step fills each position of the batch; shape of `lane`."""
-    return _stable_order(lane, lanes).take(_rotated_positions(len(lane), 0, len(lane), lanes))
 
 
 def _stable_order(key: Ints, num_keys: int) -> NDArray[np.intp]:

@@ -21,7 +21,7 @@ FIRST_LOOKBACK = 256
 LOOKBACK_FACTOR = 8
 """The condition is checked exactly for the last 256 slots, then for 8 times as many, until longer ranges surely fit."""
 SPARE_CANDIDATES = 8
-"""Sequences that are compared beside those that would be chosen, because some of these do not fit."""
+"""Sequences that are considered besides those with the earliest deadlines, because some of these do not fit."""
 NOT_OPEN = 1 << 62
 """Sort key of domains without an open sequence."""
 
@@ -61,15 +61,16 @@ class _OpenSequences(NamedTuple):
         return values.ravel().take(self.by_age + np.arange(0, values.size, values.shape[1])[:, None])
 
     def earliest(self, more: int = 0) -> Mask:
-        """Return which sequences have the earliest deadlines, `more` than are served; shape (n, K)."""
+        """Return which sequences have the earliest deadlines: as many as are served, and `more`; shape (n, K)."""
         ascending = self.deadline.copy()
         ascending.sort(axis=1)
         num_domains = ascending.shape[1]
-        number = np.minimum(np.maximum(self.num_choices + more, 0), num_domains)
-        bound = ascending.ravel().take(number + np.arange(-1, ascending.size - 1, num_domains))
-        # Domains without an open sequence have higher keys, and are none of them.
+        count = np.minimum(np.maximum(self.num_choices + more, 0), num_domains)
+        # The key at place `count` of each row, counted from 1.
+        bound = ascending.ravel().take(count + np.arange(-1, ascending.size - 1, num_domains))
+        # Domains without an open sequence have keys from `NOT_OPEN` on.
         np.minimum(bound, NOT_OPEN - 1, out=bound)
-        np.putmask(bound, number == 0, 0)
+        np.putmask(bound, count == 0, 0)
         is_earliest: Mask = self.deadline <= bound[:, None]
         return is_earliest
 

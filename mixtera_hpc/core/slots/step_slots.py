@@ -1,4 +1,4 @@
-"""The sequences of consecutive steps in one array each, and where every step begins in them."""
+"""The sequences of several steps, concatenated, and where every step begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class StepSlots:
 
     @classmethod
     def of_steps(cls, steps: Sequence[Slots]) -> "StepSlots":
-        """Join the sequences of some steps. Only if all of them have `Slots.sequence`, the result has it."""
+        """Join the sequences of some steps. The result has `Slots.sequence` only if all of them have it."""
         sequence = [slots.sequence for slots in steps if slots.sequence is not None]
         together = Slots(
             domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
