@@ -47,7 +47,7 @@ class RunControl:
             run: the run's folder; None for a run without one.
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
         """
-        # Looked for in every step: joining a path takes longer than that.
+        # Joined once, because every step looks for these files, and joining a path takes longer than that.
         self._stop_file = run.stop_request if run is not None else None
         self._save_file = run.save_request if run is not None and watch_files else None
         self._mixture_file = run.mixture_request if run is not None and watch_files else None

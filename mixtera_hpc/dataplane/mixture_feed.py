@@ -58,7 +58,7 @@ class MixtureFeed:
         self._chunk_steps = source.config.dataplane.chunk_steps
         self._mixtures = MixtureSequence(source.config.mixture, source.mixture_context, learn=learn)
         self._in_force: dict[int, NDArray[np.float64]] = {}
-        """Chunk → the weights it is served with, from the chunk of the next statistics on; of mixtures that learn."""
+        """Chunk → its weights, from the chunk of the next statistics on; empty if the mixture does not learn."""
         if state is not None:
             self._mixtures.load(state.decisions, state.mixer)
             self._load_in_force(state.mixer)

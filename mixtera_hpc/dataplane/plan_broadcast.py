@@ -46,7 +46,7 @@ class PlanBroadcaster:
         self._state = PlannerState(
             chunk=resumed.chunk, step=resumed.first_step, cursors=resumed.cursors, lags=resumed.lags
         )
-        """Before `_latest`, until `_next_state` is called; before the first plan if there is none."""
+        """The state before the plan `_latest`, or after it once `_next_state` was called."""
         self._next_chunk = resumed.chunk
         """The chunk of the plan that arrives next."""
         self._planned_end = resumed.first_step

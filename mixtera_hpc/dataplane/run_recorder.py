@@ -212,7 +212,7 @@ class RunRecorder:
         )
 
     def log_reduction(self, statistics: DomainStatistics, reduce_s: float | None) -> None:
-        """Log the losses of a step, and how long this rank waited for their reduction; None without one."""
+        """Log the losses of a step, and the seconds of this rank's wait for their reduction, if there was one."""
         if reduce_s is not None:
             self._tracker.log("comm", {"step": statistics.step, "reduce_s": reduce_s})
         if self._loop_log:

@@ -145,6 +145,7 @@ class Session:
         if self.is_interrupted and self.is_stopping:
             return None
         self.is_interrupted = False
+        # At its end, the trainer's stage begins again.
         with self._progress.in_stage("reduce"):
             self._prepare_request()
             self._progress.enter_stage(WAIT)

@@ -149,7 +149,7 @@ class BatchMaker:
                 self._rows_of_micro_batches(of_step, size) for of_step, size in zip(costs, sizes, strict=True)
             ]
             own = [self._slice.positions(size) for size in sizes]
-            slots = StepSlots.of_steps([s.select(positions) for s, positions in zip(whole.steps(), own, strict=True)])
+            slots = StepSlots.of_steps([step.select(rows) for step, rows in zip(whole.steps(), own, strict=True)])
         domain = slots.together.domain.astype(np.int64)
         number = self._source.lanes.sequences(slots.together)
         return [

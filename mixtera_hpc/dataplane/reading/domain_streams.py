@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 WINDOW_CACHE_BYTES = 512 << 20
 """Windows that one reading thread keeps, at least those that were used last."""
 MIN_TABLE_BYTES = 1 << 20
-"""Size of the window table from which on the windows of past epochs are removed."""
+"""Largest window table, in bytes, that may keep the windows of past epochs whatever else it holds."""
 SAMPLE_CACHE_BYTES = 128 << 20
 """Sample columns that a reading thread keeps: all domains return to the blocks they share."""
 
@@ -105,14 +105,14 @@ class Documents:
         documents = Documents(
             windows=self.windows, number=self.number[chosen], first=self.first[chosen], last=self.last[chosen]
         )
-        # Columns in memory are small. Those of all windows are not in the processor's cache.
+        # Computed columns are small. To take them from the window table again would miss the processor's cache.
         for name in _COLUMNS & self.__dict__.keys():
             documents.__dict__[name] = self.__dict__[name][chosen]
         return documents
 
 
 _COLUMNS = {"block", "row", "size", "offset", "length", "window", "place"}
-"""Columns of `Documents` with one value per document that does not depend on the other documents."""
+"""Cached columns of `Documents`; the value of a document does not depend on the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class DomainStreams:
         self._epoch_items = layout.epoch_items()
         self._max_bytes = WINDOW_CACHE_BYTES
         self._limit = min(MIN_TABLE_BYTES, self._max_bytes)
-        """Size of the window table at which windows are dropped."""
+        """Bytes of the window table from which on a lookup tries to drop windows."""
         sample_bytes = min(SAMPLE_CACHE_BYTES, WINDOW_CACHE_BYTES)
         self._samples = BlockSamples(layout, read_blocks, domain_of, is_not_dropped, sample_bytes)
         self._orders = EpochOrders(layout)
@@ -264,8 +264,8 @@ class DomainStreams:
     def _begin_lookup(self) -> None:
         """Drop windows if there are too many: those of past epochs, or else those that were not used for longest.
 
-        Without it, the table would grow with every epoch, and writing to fresh memory takes longer than to compute
-        what is written. Windows of the last lookup are kept if they can be asked for again.
+        Otherwise the table would grow with every epoch, and it takes longer to write to fresh memory than to compute
+        what is written. Windows of the last lookup stay if they can be asked for again.
         """
         self._num_lookups += 1
         num_bytes = self._windows.num_bytes
@@ -274,8 +274,10 @@ class DomainStreams:
         chosen = np.union1d(self._orders.windows_in_memory(), self._repeated.windows_in_memory())
         chosen_bytes = self._windows.bytes_of(chosen)
         if num_bytes > self._max_bytes and 2 * chosen_bytes > self._max_bytes:
+            # Without past epochs, there are still too many.
             chosen = self._windows.recently_used(self._max_bytes // 2)
         elif 2 * chosen_bytes > num_bytes:
+            # Past epochs have less than half of the bytes, too few for a copy of the others.
             self._limit = min(2 * num_bytes, self._max_bytes)
             return
         numbers = np.full(len(self._windows), NOT_IN_MEMORY, np.int64)

@@ -50,7 +50,8 @@ def planned_slots(
         borders = begins + [begin + size for begin, size in zip(begins, sizes, strict=True)]
     if source.lanes.lanes == 1:
         # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
-        slots = order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
+        ranges = [(begin + own.start, begin + own.stop) for begin, own in zip(begins, positions, strict=True)]
+        slots = order.slots(ranges)
         return StepSlots.of_steps(slots)
     counts = order.cursors + order.counts_before(np.array(borders, np.int64))
     return source.lanes.positions(counts[: len(steps)], counts[-len(steps) :], positions)
@@ -88,7 +89,9 @@ def slots_of_steps(
     ]
     planned = planned_slots(source, order, first_step, steps, around)
     balanced = balance_slots(source, documents, groups, planned.steps())
-    inside = [slice(own.start - p.start, own.stop - p.start) for own, p in zip(positions, around, strict=True)]
+    inside = [
+        slice(own.start - whole.start, own.stop - whole.start) for own, whole in zip(positions, around, strict=True)
+    ]
     return StepSlots.of_steps([slots.select(own) for slots, own in zip(balanced, inside, strict=True)])
 
 

@@ -39,7 +39,7 @@ DIGEST_MASK = (1 << 32) - 1
 
 
 class RankFlags(NamedTuple):
-    """What one rank reports about a step besides its losses."""
+    """The report of one rank about a step, besides its losses."""
 
     stop: bool
     save: bool
@@ -52,13 +52,13 @@ class RankFlags(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What all ranks reported about one step."""
+    """The reports of all ranks about one step, reduced."""
 
     statistics: DomainStatistics
     stop: bool
-    """Whether any rank was asked to stop."""
+    """True if any rank was asked to stop."""
     save: bool
-    """Whether any rank was asked to save."""
+    """True if any rank was asked to save."""
     reduce_s: float | None
     """Seconds that this rank waited for the reduction; 0 when it was complete in time. None without other ranks."""
 

@@ -11,7 +11,7 @@ __all__ = ["GrowingColumns", "concatenated_ranges", "narrow_type", "search"]
 Ints = NDArray[np.int64]
 MIN_CAPACITY = 1024
 MIN_SORTED_SEARCH = 1 << 15
-"""Values from which on sorting the keys takes less time than it saves: 30 µs for 2,048 keys in both cases."""
+"""Number of values from which on `search` sorts the keys: sorting 2,048 keys takes 30 µs and saves as much."""
 
 
 class GrowingColumns:
@@ -71,9 +71,9 @@ def concatenated_ranges(first: NDArray[np.integer[Any]], count: NDArray[np.integ
 
 
 def search(values: Ints, keys: Ints, side: Literal["left", "right"]) -> Ints:
-    """Return `np.searchsorted`, for many keys.
+    """Return `np.searchsorted(values, keys, side)`, faster for many values and keys.
 
-    Among many values, keys in ascending order are found faster, because they are near each other.
+    Keys in ascending order are found faster, because their positions are near each other in memory.
     """
     if len(values) < MIN_SORTED_SEARCH:
         return np.searchsorted(values, keys, side=side)

@@ -105,7 +105,7 @@ class EpochOrders:
         return WindowSpans(cell, begin - start, end - start)
 
     def missing(self, spans: WindowSpans) -> Ints:
-        """Return the cells of spans whose windows are not in memory, and of those needed soon; there are some."""
+        """Return the cells whose windows are not in memory, of spans and of what follows soon; spans have some."""
         missing = spans.cell[self.window[spans.cell] < 0]
         following = spans.cell + 1
         num_remaining = self._keys[following] - self._keys[spans.cell] - spans.end

@@ -37,7 +37,7 @@ PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
 
 def packed(rows: Sequence[Any]) -> PackedRows:
     """Return decoded rows as they stay in memory: as pickles, if the garbage collector would visit them."""
-    # It does not visit texts, and in most versions of Python no dictionaries of texts and numbers.
+    # It does not visit texts. Most versions of Python also leave out dictionaries of texts and numbers.
     if not any(map(gc.is_tracked, rows)):
         return PackedRows(rows, None)
     try:

@@ -20,16 +20,19 @@ class FileReads(NamedTuple):
     """The reads of one file."""
 
     shard: int
+    """Number of the file."""
     first_row: int
     """Number in the shard of the first row that is read."""
     last_row: int
     """Number in the shard of the last row that is read."""
     first_single: int
-    """Number of its first read of a single row."""
+    """First of this file's reads of a single row, among those of all files."""
     single_stop: int
+    """One past the last of them."""
     first_shared: int
-    """Number of its first read of several rows."""
+    """First of this file's reads of several rows, among those of all files."""
     shared_stop: int
+    """One past the last of them."""
 
 
 class ReadPlan:
@@ -86,7 +89,14 @@ class ReadPlan:
     def _plan_files(
         self, shards: NDArray[np.int32], rows: NDArray[np.integer[Any]], single: Ints, first_shared: Ints
     ) -> None:
-        """List the reads of each file, given the first row of each read of one row, and of each read of several."""
+        """List the reads of each file.
+
+        Args:
+            shards: shard of each row.
+            rows: number of each row in its shard.
+            single: position of the row of each read of a single row.
+            first_shared: position of the first row of each read of several rows.
+        """
         borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
         first = np.concatenate([np.zeros(min(len(shards), 1), np.intp), borders])
         stop = np.append(first[1:], len(shards))
@@ -96,4 +106,6 @@ class ReadPlan:
         for reads in (single, first_shared):
             fields += [np.searchsorted(reads, first), np.searchsorted(reads, stop)]
         # Without the Python code of a named tuple's constructor: there may be as many files as rows.
-        self.files = list(map(partial(tuple.__new__, FileReads), zip(*(f.tolist() for f in fields), strict=True)))
+        self.files = list(
+            map(partial(tuple.__new__, FileReads), zip(*(field.tolist() for field in fields), strict=True))
+        )

@@ -1,4 +1,4 @@
-"""From documents of an index to their places in token stores.
+"""From documents of an index to the positions of their tokens in token stores.
 
 Price: 8 bytes of a memory-mapped file per document that is read.
 """
@@ -27,11 +27,11 @@ class StoreRows:
 
         Args:
             source: the data.
-            file_of_block: the shard of each block; set here to the file of the store that holds the tokens of a block.
-                The files of stores have the numbers after the shards.
+            file_of_block: the shard of each block; shape (num_blocks,). Changed in place: a block of text whose tokens
+                are in a store gets the number of the store's file. These numbers follow those of the shards.
 
         Raises:
-            DataError: a store has changed since rank 0 has checked it.
+            DataError: a store has changed since rank 0 checked it.
         """
         self._stores = source.index.token_stores
         self._first_rows: Ints = np.append(0, np.cumsum(source.blocks.rows, dtype=np.int64))

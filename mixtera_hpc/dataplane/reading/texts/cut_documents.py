@@ -1,7 +1,7 @@
 """The tokens of documents in which later sequences begin: these documents are not read and tokenized again.
 
 A later sequence begins where the last one ends, so only the rest of a document is stored, and only until it is wanted.
-Those stored first are forgotten beyond a budget. Price: 0.8 µs per document.
+If the rests exceed `MAX_BYTES`, those stored first are dropped. Price: 0.8 µs per document that is cut.
 """
 
 from itertools import repeat
@@ -31,7 +31,7 @@ class CutDocuments:
         self._num_bytes = 0
 
     def take(self, keys: Ints, begins: Ints, memory: TokenMemory) -> Ints:
-        """Move the tokens of documents to `memory`.
+        """Move the stored tokens of documents to `memory`.
 
         Args:
             keys: row keys; shape (n,).
@@ -70,5 +70,5 @@ class CutDocuments:
         self._rests.update(zip(keys.tolist(), zip(firsts.tolist(), rests, strict=True), strict=True))
         self._num_bytes += sum(map(len, rests))
         while self._num_bytes > MAX_BYTES and len(self._rests) > 1:
-            _, forgotten = self._rests.pop(next(iter(self._rests)))
-            self._num_bytes -= len(forgotten)
+            _, tokens_of_oldest = self._rests.pop(next(iter(self._rests)))
+            self._num_bytes -= len(tokens_of_oldest)

@@ -35,7 +35,7 @@ class TextGather:
         """Read nothing yet; `rows` reads the texts."""
         self._source = source
         self._rows = rows
-        self._cut = CutDocuments()
+        self._cut_documents = CutDocuments()
         self._memory = TokenMemory()
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
@@ -69,7 +69,7 @@ class TextGather:
         starts = self._read(read)
         number = np.empty_like(disk_order)
         number[disk_order] = np.cumsum(is_first) - 1
-        # Documents are in memory as they are served: with their special tokens.
+        # `number` has the distinct document of each part. Memory holds special tokens, too, so none are missing.
         return TokenCopies(self._memory.tokens, starts[number], documents, sizes)
 
     def _read(self, read: "_DistinctDocuments") -> Ints:
@@ -78,7 +78,7 @@ class TextGather:
         documents = read.documents
         starts = np.full(len(read.keys), UNREAD)
         cut = np.flatnonzero((read.begin > 0) | (read.end < documents.size))
-        starts[cut] = self._cut.take(read.keys[cut], read.begin[cut], self._memory)
+        starts[cut] = self._cut_documents.take(read.keys[cut], read.begin[cut], self._memory)
         unread = np.flatnonzero(starts == UNREAD)
         if len(unread):
             texts = documents if len(unread) == len(starts) else documents.select(unread)
@@ -87,13 +87,13 @@ class TextGather:
         return starts
 
     def _store_cut(self, read: "_DistinctDocuments", starts: Ints) -> None:
-        """Store the documents in which later sequences begin: the next read uses the memory of this one."""
+        """Copy the rest of the documents in which later sequences begin, because the next read clears the memory."""
         sizes = read.documents.size
         cut = np.flatnonzero(read.end < sizes)
         # Neighbouring sequences may share one token.
         firsts = np.maximum(read.end[cut] - 1, read.begin[cut])
         begins = starts[cut]
-        self._cut.store(read.keys[cut], firsts, self._memory.tokens, begins + firsts, begins + sizes[cut])
+        self._cut_documents.store(read.keys[cut], firsts, self._memory.tokens, begins + firsts, begins + sizes[cut])
 
     def _encode(self, documents: Documents, position: Ints) -> Ints:
         """Read documents in disk order and write their tokens to memory in the order of `position`.
@@ -110,9 +110,9 @@ class TextGather:
         document_at = np.full(int(position.max()) + 1, -1)
         document_at[position] = np.arange(len(position))
         order = document_at[document_at >= 0]
-        row = np.empty_like(order)
-        row[read.positions] = np.arange(len(order))
-        texts = list(map(read.rows.__getitem__, row[order].tolist()))
+        row_of_document = np.empty_like(order)
+        row_of_document[read.positions] = np.arange(len(order))
+        texts = list(map(read.rows.__getitem__, row_of_document[order].tolist()))
         encoded = tokenizer.encode_documents(texts, self._memory)
         self._rows.place.enter(PACK)
 
