@@ -6,7 +6,6 @@ at the end of a document is not counted as part of it; the data plane adds one w
 files written with and without `--append-eod` give the same stream. The same holds for a token that begins documents.
 """
 
-import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.megatron_index import read_document_starts, read_token_layout
+from mixtera_hpc.formats.file_memory import map_descriptor
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, open_shard, shard_changed_error
@@ -79,12 +79,10 @@ class MegatronFormat:
             raise shard_changed_error(path, None, f"document {int(first_rows[moved[0]])} lies elsewhere")
         descriptor = open_shard(path)
         try:
-            size = os.fstat(descriptor).st_size
-            # An empty file cannot be mapped.
-            data = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b""
+            data = map_descriptor(descriptor)
         finally:
             os.close(descriptor)
-        return np.frombuffer(data, dtype, size // dtype.itemsize)
+        return np.frombuffer(data, dtype, len(data) // dtype.itemsize)
 
 
 def sidecar_of(path: Path) -> Path:

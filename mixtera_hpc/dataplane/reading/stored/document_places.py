@@ -16,7 +16,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowTable
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, file_groups, max_mapped_files
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups
 from mixtera_hpc.dataplane.reading.stored.read_errors import (
     no_tokenizer_error,
     range_outside_error,
@@ -71,7 +71,7 @@ class DocumentPlaces:
         self._store_rows = StoreRows(source, self._file_of_block) if source.index.token_stores else None
         num_files = self._num_shards + len(source.index.token_stores)
         # Without room for all files, each read would map files twice: to locate documents, and to copy tokens.
-        self._keeps_places = source.layout.order.repeats or num_files > max_mapped_files()
+        self._keeps_places = source.layout.order.repeats or num_files > MAX_MAPPED_FILES
         self._table: WindowTable | None = None
         self._columns = GrowingColumns({"file": np.int32, "start": np.int64, "missing": np.int8})
         """One row per document of `_table`."""
@@ -141,7 +141,7 @@ class DocumentPlaces:
         file = self._file_of_block[documents.block]
         distinct = self._files.distinct(file)
         is_of_one_kind = distinct[-1] < self._num_shards or distinct[0] >= self._num_shards
-        if is_of_one_kind and len(distinct) <= max_mapped_files():
+        if is_of_one_kind and len(distinct) <= MAX_MAPPED_FILES:
             return self._find_in_files(documents, file, distinct, tokenizer)
         start = np.zeros(len(file), np.int64)
         missing = np.zeros(len(file), np.int8)

@@ -5,7 +5,7 @@ array therefore reaches the tokens of any number of files in one call. The array
 nobody, so every range of tokens must have been compared with the size of its file (`MappedFiles.num_bytes`).
 """
 
-import resource
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +16,16 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.file_memory import map_descriptor
 
-__all__ = ["FilesMemory", "MappedFiles", "file_groups", "map_array", "max_mapped_files"]
+__all__ = ["MAX_MAPPED_FILES", "FilesMemory", "MappedFiles", "file_groups", "map_array"]
 
 Ints = NDArray[np.int64]
 
 
 MAX_MAPPED_FILES = 1 << 14
-"""Linux allows a process 65,530 mappings by default (`vm.max_map_count`), and libraries use some of them."""
-
-
-def max_mapped_files() -> int:
-    """Return how many files one reader keeps mapped: each holds a file descriptor."""
-    # As for open shards: half of the descriptors are left to others, the other half is for two readers, one of the
-    # training data and one of the data held out.
-    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft_limit == resource.RLIM_INFINITY:
-        return MAX_MAPPED_FILES
-    return min(max(soft_limit // 4, 1), MAX_MAPPED_FILES)
+"""Files that one reader keeps mapped. Linux allows a process 65,530 mappings by default (`vm.max_map_count`). There are
+two readers, one of the training data and one of the data held out, and libraries use some mappings too."""
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -43,15 +35,18 @@ def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         DataError: the file cannot be read.
     """
     try:
-        # An empty file cannot be mapped. A plain array is sliced ten times as fast as numpy's memmap.
-        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return map_descriptor(descriptor).view(dtype)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def file_groups(files: NDArray[np.integer[Any]]) -> list[NDArray[np.intp] | slice]:
     """Return groups of the positions in `files`, each with so many different files that all of them can be mapped."""
-    limit = max_mapped_files()
+    limit = MAX_MAPPED_FILES
     if len(files) <= limit:
         return [slice(None)]
     distinct = np.unique(files)
@@ -105,7 +100,7 @@ class MappedFiles:
     def map(self, files: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
         """Map all of `files`, which may repeat, and return the number of each one's integer type.
 
-        They stay mapped until the next call, if they are at most `max_mapped_files` different ones.
+        They stay mapped until the next call, if they are at most `MAX_MAPPED_FILES` different ones.
         """
         self._num_calls += 1
         self._last_use[files] = self._num_calls
@@ -158,7 +153,7 @@ class MappedFiles:
 
     def _make_room(self) -> None:
         """Unmap the files that were not used for longest, but none that the current call has requested."""
-        while len(self._files) >= max_mapped_files():
+        while len(self._files) >= MAX_MAPPED_FILES:
             oldest = min(self._files, key=self._last_use.__getitem__)
             if self._last_use[oldest] == self._num_calls:
                 return

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces, Places
-from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, file_groups, map_array, max_mapped_files
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
 from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.formats.base import TokenFormat
@@ -76,7 +76,7 @@ class TokenGather:
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
         self._guard.use(files[files < self._num_shards])
-        if len(files) <= max_mapped_files():
+        if len(files) <= MAX_MAPPED_FILES:
             types = self._files.map(files)
             # Each integer type has an array of its own.
             if (types == types[0]).all():

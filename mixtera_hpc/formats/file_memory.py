@@ -1,0 +1,48 @@
+"""Map files into memory without a file descriptor each: users may often open only 1,024 files at a time.
+
+Python's `mmap` keeps a descriptor open for every mapping before version 3.13, so the functions of the C library are
+called instead. A mapping does not need the descriptor it was made with.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["map_descriptor"]
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+# The offset has 64 bits on all 64-bit Linux systems.
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def map_descriptor(descriptor: int) -> NDArray[np.uint8]:
+    """Map an open file as read-only memory, which is freed with the last array that refers to it.
+
+    Args:
+        descriptor: of a regular file; may be closed afterwards.
+
+    Returns:
+        All bytes of the file; shape (size,).
+
+    Raises:
+        OSError: the file cannot be mapped.
+    """
+    size = os.fstat(descriptor).st_size
+    # An empty file cannot be mapped.
+    if not size:
+        return np.zeros(0, np.uint8)
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    # At exit, other threads may still read: the system frees the memory then.
+    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
+    return np.frombuffer(memoryview(memory).toreadonly(), np.uint8)

@@ -1,0 +1,57 @@
+"""Files in memory without a descriptor."""
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.formats.file_memory import map_descriptor
+
+
+def mapped_paths() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def test_a_mapping_outlives_its_descriptor_and_ends_with_its_last_array(tmp_path: Path) -> None:
+    path = tmp_path / "tokens with a space.bin"
+    np.arange(5000, dtype="<u2").tofile(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    tokens = map_descriptor(descriptor).view("<u2")
+    os.close(descriptor)
+    end = tokens[4000:]
+    del tokens
+    gc.collect()
+    assert end.tolist() == list(range(4000, 5000))
+    assert path.name in mapped_paths()
+    del end
+    assert path.name not in mapped_paths()
+
+
+def test_a_mapping_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(b"abc")
+    with path.open("rb") as file:
+        content = map_descriptor(file.fileno())
+    assert content.tobytes() == b"abc"
+    with pytest.raises(ValueError, match="read-only"):
+        content[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        content.flags.writeable = True
+
+
+def test_an_empty_file_has_no_bytes(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with (tmp_path / "empty").open("rb") as file:
+        assert len(map_descriptor(file.fileno())) == 0
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY)
+    try:
+        with pytest.raises(PermissionError):
+            map_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
