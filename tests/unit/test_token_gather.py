@@ -187,18 +187,22 @@ def test_text_and_stored_tokens_may_be_mixed(has_store: bool, overrides: list[st
     assert len(rows_of_domain("data", "mixed.h5", 1)) > 20
 
 
-def test_more_shards_than_files_that_may_be_mapped(overrides: list[str], tmp_path: Path) -> None:
-    for number in range(3, 90):
+def limit_mapped_files(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the readers of this process keep at most `count` files mapped."""
+    for module in (document_places, mapped_files, token_gather):
+        monkeypatch.setattr(module, "MAX_MAPPED_FILES", count)
+
+
+def test_the_batches_do_not_depend_on_how_many_files_can_be_mapped(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3, 20):
         write_documents(tmp_path / f"data/{number}", number, TYPES[number % 2], count=4)
-    config = compose([*overrides, "mixture.group_by=[]", "mixture.max_epochs=1"])
+    config = compose([*overrides, "mixture.group_by=[]", "mixture.max_epochs=1", "dataplane.workers=0"])
     build_index(config)
     expected = served_rows(config)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-    try:
-        assert served_rows(config) == expected
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit_mapped_files(monkeypatch, 5)
+    assert served_rows(config) == expected
 
 
 def test_mapped_files_keep_no_descriptor(overrides: list[str], tmp_path: Path) -> None:
@@ -238,9 +242,7 @@ def test_places_are_kept_where_not_all_files_can_be_mapped(
     mapped = []
     map_one = MappedFiles._map_one
     monkeypatch.setattr(MappedFiles, "_map_one", lambda *place: (mapped.append(place[1]), map_one(*place)))
-    monkeypatch.setattr(document_places, "MAX_MAPPED_FILES", 5)
-    monkeypatch.setattr(token_gather, "MAX_MAPPED_FILES", 5)
-    monkeypatch.setattr(mapped_files, "MAX_MAPPED_FILES", 5)
+    limit_mapped_files(monkeypatch, 5)
     counts = []
     with contextlib.closing(DocumentReader(source)) as reader:
         for _ in range(2):

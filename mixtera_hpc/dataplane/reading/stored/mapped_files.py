@@ -46,13 +46,12 @@ def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def file_groups(files: NDArray[np.integer[Any]]) -> list[NDArray[np.intp] | slice]:
     """Return groups of the positions in `files`, each with so many different files that all of them can be mapped."""
-    limit = MAX_MAPPED_FILES
-    if len(files) <= limit:
+    if len(files) <= MAX_MAPPED_FILES:
         return [slice(None)]
     distinct = np.unique(files)
-    if len(distinct) <= limit:
+    if len(distinct) <= MAX_MAPPED_FILES:
         return [slice(None)]
-    group = np.searchsorted(distinct, files) // limit
+    group = np.searchsorted(distinct, files) // MAX_MAPPED_FILES
     return [np.flatnonzero(group == number) for number in range(int(group.max()) + 1)]
 
 
