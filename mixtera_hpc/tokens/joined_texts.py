@@ -32,8 +32,6 @@ Tokens = NDArray[np.uint32]
 Ints = NDArray[np.int64]
 Encode = Callable[[str | bytes], Tokens]
 """A function from a text, or its UTF-8, to its tokens."""
-
-
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The tokens of several documents, concatenated, and their offsets; shapes (num_tokens,) and (num_documents + 1,)."""
 
@@ -90,10 +88,12 @@ class JoinedTexts:
         self._num_behind = self._num_borders - self._num_before
 
     def encode(self, documents: Sequence[str], memory: TokenMemory) -> EncodedDocuments:
-        """Append the tokens of documents, with added tokens. If there are none, an unused token follows each document.
+        """Append the tokens of documents to `memory`, with the added tokens of each.
+
+        If no tokens are added to documents, an unused token follows each of them.
 
         Raises:
-            CannotJoin: nothing was appended.
+            CannotJoin: the documents must be encoded one by one; nothing was appended.
         """
         first = memory.size
         try:
@@ -118,12 +118,13 @@ class JoinedTexts:
         return EncodedDocuments(memory.tokens, starts + first, stops - starts - num_unused)
 
     def encode_batch(self, documents: Sequence[str]) -> tuple[Tokens, Ints]:
-        """Return the tokens of documents without added tokens, and the tokens of each.
+        """Return the tokens of documents without added tokens, and how many each has.
 
-        Shapes (num_tokens,), read-only, and (num_documents,).
+        Returns:
+            Two arrays of shapes (num_tokens,), which is read-only, and (num_documents,).
 
         Raises:
-            CannotJoin: see there.
+            CannotJoin: the documents must be encoded one by one.
         """
         parts: list[Any] = []
         counts = [np.zeros(0, np.int64)]
@@ -134,10 +135,10 @@ class JoinedTexts:
         return np.frombuffer(b"".join(parts), np.uint32), np.concatenate(counts)
 
     def count(self, documents: Sequence[str]) -> Ints:
-        """Return the number of tokens of each document, without added tokens.
+        """Return the number of tokens of each document, without added tokens; shape (num_documents,).
 
         Raises:
-            CannotJoin: see there.
+            CannotJoin: the documents must be encoded one by one.
         """
         counts = [np.diff(borders) - 1 for _, borders in self._encoded_calls(documents)]
         return np.concatenate([np.zeros(0, np.int64), *counts])
@@ -158,7 +159,7 @@ class JoinedTexts:
             yield tokens, self._borders(tokens, len(texts) + 1)
 
     def _borders(self, tokens: Tokens, count: int) -> Ints:
-        """Return the positions of the borders, of which there should be `count`."""
+        """Return the positions of the borders; raise CannotJoin if there are not `count` of them."""
         borders = np.flatnonzero(tokens == self._border_id)
         if len(borders) != count:
             raise CannotJoin
@@ -166,7 +167,7 @@ class JoinedTexts:
 
 
 def _calls(documents: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield consecutive documents that are encoded in one call."""
+    """Yield consecutive documents that are encoded in one call; raise CannotJoin if a document is too long."""
     lengths = np.fromiter(map(len, documents), np.int64, len(documents))
     if lengths.max(initial=0) > MAX_JOINED_CHARACTERS:
         raise CannotJoin

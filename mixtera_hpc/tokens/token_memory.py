@@ -14,7 +14,7 @@ Tokens = NDArray[np.uint32]
 
 
 class TokenMemory:
-    """Tokens that follow each other. Whoever clears and fills it again uses memory that is still in the cache."""
+    """Tokens that follow each other. After `clear`, the same memory is filled again, while it is in the cache."""
 
     def __init__(self) -> None:
         self._array: Tokens = np.empty(FIRST_TOKENS, np.uint32)
@@ -27,13 +27,13 @@ class TokenMemory:
         return self._array[: self.size]
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         if len(self._array) > MAX_TOKENS:
             self._array = np.empty(FIRST_TOKENS, np.uint32)
         self.size = 0
 
     def truncate(self, size: int) -> None:
-        """Forget all tokens but the first `size`."""
+        """Remove all tokens but the first `size`."""
         self.size = size
 
     def append(self, tokens: Tokens) -> int:

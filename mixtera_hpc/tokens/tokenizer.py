@@ -82,9 +82,9 @@ class Tokenizer(Protocol):
         ...
 
     def encode_documents(self, documents: Sequence[str], memory: TokenMemory | None = None) -> EncodedDocuments:
-        """Return the tokens of documents, with `added` at both ends of each one that is not a `ChatText`.
+        """Append the tokens of documents to `memory`, with `added` at both ends of each one that is not a `ChatText`.
 
-        They are appended to `memory`, or to new memory.
+        Without `memory`, they are written to new memory.
         """
         ...
 
@@ -233,7 +233,7 @@ class GigatokenTokenizer(_LibraryTokenizer):
         return super().encode_documents(documents, memory)
 
     def _joined_for(self, documents: Sequence[str]) -> JoinedTexts | None:
-        """Return what encodes several documents in one call, if they are texts that may be joined."""
+        """Return the encoder of several documents in one call; None if these documents cannot be joined."""
         return self._joined if len(documents) > 1 and ChatText not in set(map(type, documents)) else None
 
     def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:

@@ -79,7 +79,9 @@ def test_tokens_and_counts_are_those_of_single_documents(
             assert served == [[*added.before, *ids, *added.after] for ids in each], name
 
 
-def test_documents_of_one_memory_follow_each_other(tokenizers: dict[str, GigatokenTokenizer]) -> None:
+def test_documents_that_are_encoded_together_follow_each_other_in_memory(
+    tokenizers: dict[str, GigatokenTokenizer],
+) -> None:
     texts = ["The quick", " fox", "", "jumps" * 9000, "a"]
     for name, tokenizer in tokenizers.items():
         tokens, starts, sizes = tokenizer.encode_documents(texts)

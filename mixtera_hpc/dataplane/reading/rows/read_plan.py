@@ -106,6 +106,5 @@ class ReadPlan:
         for reads in (single, first_shared):
             fields += [np.searchsorted(reads, first), np.searchsorted(reads, stop)]
         # Without the Python code of a named tuple's constructor: there may be as many files as rows.
-        self.files = list(
-            map(partial(tuple.__new__, FileReads), zip(*(field.tolist() for field in fields), strict=True))
-        )
+        values = zip(*(field.tolist() for field in fields), strict=True)
+        self.files = list(map(partial(tuple.__new__, FileReads), values))
