@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.texts import cut_documents
 from mixtera_hpc.dataplane.reading.texts.cut_documents import UNREAD, CutDocuments
 from mixtera_hpc.tokens.token_memory import TokenMemory
 
 
-def array(*values: int) -> "np.typing.NDArray[np.int64]":
+def array(*values: int) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 

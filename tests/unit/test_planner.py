@@ -28,26 +28,25 @@ def test_equal_weights_alternate() -> None:
 
 
 def test_a_plan_is_expanded_once_for_its_order_and_the_state_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.array([0.5, 0.5])
     machine = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
-    plan = machine.decide(PlannerState.start(2), np.array([0.5, 0.5]))
-    expected = machine.after(plan)
-    expanded = 0
+    first = machine.decide(PlannerState.start(2), weights)
+    second = machine.decide(machine.after(first), weights)
+    num_expanded = 0
     segments = Planner._segments
 
     def counted(*arguments: Any) -> Any:
-        nonlocal expanded
-        expanded += 1
+        nonlocal num_expanded
+        num_expanded += 1
         return segments(*arguments)
 
     monkeypatch.setattr(Planner, "_segments", counted)
-    fresh = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
-    following = fresh.decide(expected, np.array([0.5, 0.5]))
-    expanded = 0
-    for of_plan in (plan, following):
-        fresh.order(of_plan)
-        fresh.after(of_plan)
-    assert expanded == 2
-    assert fresh.after(plan).cursors.tolist() == expected.cursors.tolist()
+    other_rank = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
+    for plan in (first, second):
+        other_rank.order(plan)
+        state = other_rank.after(plan)
+    assert num_expanded == 2
+    assert state.cursors.tolist() == machine.after(second).cursors.tolist()
 
 
 def test_a_rare_domain_is_served_in_proportion() -> None:

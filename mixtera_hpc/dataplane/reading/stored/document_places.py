@@ -70,8 +70,9 @@ class DocumentPlaces:
         self._file_of_block = source.blocks.shard.astype(np.int32)
         self._store_rows = StoreRows(source, self._file_of_block) if source.index.token_stores else None
         num_files = self._num_shards + len(source.index.token_stores)
-        # Without room for all files, each read would map files twice: to locate documents, and to copy tokens.
-        self._keeps_places = source.layout.order.repeats or num_files > MAX_MAPPED_FILES
+        # Places stay in memory where they are needed again. Without room for all files, a read would map them twice:
+        # to locate documents, and to copy tokens.
+        self._stores_places = source.layout.order.repeats or num_files > MAX_MAPPED_FILES
         self._table: WindowTable | None = None
         self._columns = GrowingColumns({"file": np.int32, "start": np.int64, "missing": np.int8})
         """One row per document of `_table`."""
@@ -90,13 +91,13 @@ class DocumentPlaces:
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
-        if not self._keeps_places:
+        if not self._stores_places:
             return self._find(documents, tokenizer)
-        self._follow(documents.windows)
+        self._add_rows(documents.windows)
         missing = self._columns["missing"][documents.number]
         unknown = np.flatnonzero(missing == UNKNOWN)
         if len(unknown):
-            self._add(documents.select(unknown), tokenizer)
+            self._locate_windows(documents.select(unknown), tokenizer)
             missing = self._columns["missing"][documents.number]
         return Places(
             file=self._columns["file"][documents.number],
@@ -104,7 +105,7 @@ class DocumentPlaces:
             missing=missing if missing.any() else None,
         )
 
-    def _follow(self, table: WindowTable) -> None:
+    def _add_rows(self, table: WindowTable) -> None:
         """Add rows for the documents that `table` has got since the last call; begin again if it is another table."""
         if table is not self._table:
             self._table = table
@@ -114,22 +115,22 @@ class DocumentPlaces:
             zeros = np.zeros(count, np.int8)
             self._columns.append({"file": zeros, "start": zeros, "missing": np.full(count, UNKNOWN)})
 
-    def _add(self, documents: Documents, tokenizer: Tokenizer) -> None:
+    def _locate_windows(self, documents: Documents, tokenizer: Tokenizer) -> None:
         """Keep the places of documents, and if no token has to be read for it, of all documents of their windows."""
         if len(tokenizer.bos_ids) != 1:
             table = documents.windows
             of_windows = table.documents_of(np.unique(documents.window))
             whole = Documents(windows=table, number=of_windows, first=of_windows, last=of_windows)
             try:
-                self._keep(whole.select(np.flatnonzero(self._is_stored[whole.block])), tokenizer)
+                self._write(whole.select(np.flatnonzero(self._is_stored[whole.block])), tokenizer)
             except DataError:
                 # An error in another document of the window is raised when that document is served.
                 pass
             else:
                 return
-        self._keep(documents, tokenizer)
+        self._write(documents, tokenizer)
 
-    def _keep(self, documents: Documents, tokenizer: Tokenizer) -> None:
+    def _write(self, documents: Documents, tokenizer: Tokenizer) -> None:
         """Write the places of documents to their rows."""
         places = self._find(documents, tokenizer)
         self._columns["file"][documents.number] = places.file
