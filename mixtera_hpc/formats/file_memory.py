@@ -42,7 +42,16 @@ def map_descriptor(descriptor: int) -> NDArray[np.uint8]:
     if address == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    memory = (ctypes.c_uint8 * size).from_address(address)
+    memory = _Mapping(address, size)
     # At exit, other threads may still read: the system frees the memory then.
     weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
-    return np.frombuffer(memoryview(memory).toreadonly(), np.uint8)
+    return np.asarray(memory)
+
+
+class _Mapping:
+    """Read-only memory that numpy takes as an array. An array of ctypes would make a type of 3 kB for every size."""
+
+    __slots__ = ("__array_interface__", "__weakref__")
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}

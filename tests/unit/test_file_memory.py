@@ -41,6 +41,20 @@ def test_a_mapping_cannot_be_written(tmp_path: Path) -> None:
         content.flags.writeable = True
 
 
+def test_a_mapping_is_few_objects_for_the_garbage_collector(tmp_path: Path) -> None:
+    """A reader may map 16,384 files, all of different sizes."""
+    arrays = []
+    gc.collect()
+    before = len(gc.get_objects())
+    for size in range(1, 101):
+        path = tmp_path / str(size)
+        path.write_bytes(bytes(size))
+        with path.open("rb") as file:
+            arrays.append(map_descriptor(file.fileno()))
+    gc.collect()
+    assert len(gc.get_objects()) - before < 500
+
+
 def test_an_empty_file_has_no_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with (tmp_path / "empty").open("rb") as file:
