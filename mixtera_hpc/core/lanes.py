@@ -24,6 +24,9 @@ from mixtera_hpc.core.slots.step_slots import StepSlots
 
 __all__ = ["LaneOrder", "ServedPart", "cut_spans"]
 
+MAX_STEP_RANGES = 1 << 20
+"""Steps times ranges that are computed at once. A chunk may have thousands of epochs of a domain, each a range."""
+
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
 
@@ -103,7 +106,13 @@ class LaneOrder:
         # The plan after the last step of the data has no steps.
         if not positions:
             return StepSlots.of_steps([])
-        return positions_of_steps(self._ranges(first[0], stop[-1]), _turns(self.lanes), first, stop, positions)
+        ranges = self._ranges(first[0], stop[-1])
+        if len(positions) > 1 and len(positions) * len(ranges.domain) > MAX_STEP_RANGES:
+            middle = len(positions) // 2
+            halves = (slice(middle), slice(middle, None))
+            parts = [self.positions(first[half], stop[half], positions[half]) for half in halves]
+            return StepSlots.of_steps([slots for part in parts for slots in part.steps()])
+        return positions_of_steps(ranges, _turns(self.lanes), first, stop, positions)
 
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
         """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""

@@ -1,5 +1,6 @@
 """Lanes permute the sequences of an epoch, and a rank needs few of them."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -111,6 +112,21 @@ def test_any_positions_of_a_step_are_those_of_all_its_sequences_sorted_by_lane(
         assert part.ordinal.tolist() == ordinal[chosen][start:stop].tolist()
         assert part.sequence is not None
         assert part.sequence.tolist() == order.sequence(part.domain, part.ordinal).tolist()
+
+
+def test_thousands_of_epochs_in_a_thousand_steps_take_little_memory() -> None:
+    size = 256
+    order = lane_order(lanes=16, grid=SequenceGrid.of_samples(), items=20)
+    borders = np.arange(0, 1001 * size, size)[:, None]
+    tracemalloc.start()
+    try:
+        together = order.positions(borders[:-1], borders[1:], [slice(0, size)] * 1000).together
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(np.sort(together.ordinal), np.arange(1000 * size))
+    assert np.array_equal(together.ordinal // size, np.repeat(np.arange(1000), size))
+    assert peak < 100 << 20
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 60)), min_size=1), st.lists(st.integers(1, 159)))
