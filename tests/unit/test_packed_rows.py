@@ -27,5 +27,9 @@ def test_texts_stay_as_they_are(rows: list[str]) -> None:
 
 
 def test_rows_with_a_value_that_has_no_pickle_stay_objects() -> None:
-    rows = [*NESTED, {"text": "c", "meta": [memoryview(b"c")]}]
-    assert packed(rows) == (rows, None)
+    nested: list[Any] = []
+    for _ in range(2000):
+        nested = [nested]
+    for value in ([memoryview(b"c")], nested):
+        rows = [*NESTED, {"text": "c", "meta": value}]
+        assert packed(rows) == (rows, None)

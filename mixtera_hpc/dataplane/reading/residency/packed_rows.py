@@ -42,8 +42,8 @@ def packed(rows: Sequence[Any]) -> PackedRows:
         return PackedRows(rows, None)
     try:
         return PackedRows([pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows], _unpickled)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        # A value has no pickle, for example a calendar interval of Arrow.
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
+        # A value has no pickle: for example a calendar interval of Arrow, or hundreds of lists inside each other.
         return PackedRows(rows, None)
 
 
