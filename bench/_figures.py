@@ -15,7 +15,7 @@ class FigureLine:
     ours: float
     unit: str
     limit: str
-    """What our figure is compared with."""
+    """Name of the figure that ours is compared with."""
     other: float
     """The figure of `limit`."""
     ratio: float

@@ -1,4 +1,4 @@
-"""Where benchmarks write their results."""
+"""Files in which benchmarks write their results."""
 
 import json
 from pathlib import Path

@@ -114,7 +114,7 @@ def _no_leaked_shared_memory() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Resources:
-    """What this process holds at one moment."""
+    """Resources that this process holds at one moment."""
 
     descriptors: dict[int, str]
     """Number → what it refers to."""

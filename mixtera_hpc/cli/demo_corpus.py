@@ -56,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Origin:
-    """What is known of all files of a distribution."""
+    """Facts that hold for all files of a distribution."""
 
     package: str
     license: str | None

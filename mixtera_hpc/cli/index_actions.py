@@ -39,7 +39,7 @@ __all__ = ["run_action"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionOutput:
-    """What rank 0 prints after all ranks have finished."""
+    """Output that rank 0 prints after all ranks have finished."""
 
     text: str = ""
     exit_code: int = 0

@@ -28,7 +28,7 @@ from mixtera_hpc.errors import MixteraError, is_clean_exit
 __all__ = ["FailureWatch", "start_failure_watch"]
 
 SENTINEL_GRACE_S = 3.0
-"""How long a rank with a foreign error waits for the sentinel to report another rank as the cause."""
+"""Seconds for which a rank with a foreign error waits for the sentinel to report another rank as the cause."""
 
 
 LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "prterun", "orterun", "srun", "torchrun", "pt_elastic")

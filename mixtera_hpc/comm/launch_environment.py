@@ -1,4 +1,4 @@
-"""What the environment says about the launcher that started this process: torchrun, mpiexec or srun.
+"""Facts from the environment about the launcher that started this process: torchrun, mpiexec or srun.
 
 Launchers can be nested (`srun -n1 torchrun …`, `mpiexec -n 2 torchrun …`), and children inherit the variables of the
 outer one. The innermost launcher decides how many processes belong together. Nothing here imports MPI or torch.

@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 REPORT_GRACE_S = 2.0
-"""How long a rank that refuses to run waits before it exits. torchrun ends the other ranks as soon as one has exited,
-but each of them should report why it refuses."""
+"""Seconds for which a rank that refuses to run waits before it exits. torchrun ends the other ranks as soon as one has
+exited, but each of them should report why it refuses."""
 
 
 def started_by_launcher() -> bool:

@@ -38,14 +38,14 @@ from mixtera_hpc.errors import CommError, LaunchError
 __all__ = ["TorchDistributed", "create_process_group", "has_process_group"]
 
 TIMEOUT = timedelta(days=7)
-"""How long a collective may take. Ranks wait for a broadcast of rank 0 as long as a step, a save or a compilation
+"""Time limit of a collective. Ranks wait for a broadcast of rank 0 as long as a step, a save or a compilation
 takes, and MPI has no limit either. A rank that dies closes its connections, which is noticed at once."""
 
 FAILED_RANK_KEY = "failed_rank"
 """In the store of the group: the first rank that aborted the job."""
 
 FAILED_RANK_WAIT_S = 1.0
-"""How long a rank that has lost a connection waits for the name of the rank that failed."""
+"""Seconds for which a rank that has lost a connection waits for the name of the rank that failed."""
 
 
 def has_process_group() -> bool:

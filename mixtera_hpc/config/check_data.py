@@ -13,7 +13,7 @@ BUILT_IN = ("tokens", "bytes")
 MAX_BLOCK_ROWS = 1 << 20
 MAX_CACHE_BYTES = 1 << 62
 INDEX_PATH_WITHOUT_ROOT = "/index.h5"
-"""What the default of `index.path`, `${data.root}/index.h5`, becomes when `data.root` is empty."""
+"""Value that the default of `index.path`, `${data.root}/index.h5`, has when `data.root` is empty."""
 
 
 def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:

@@ -27,7 +27,7 @@ class SchemaKey:
 
     @property
     def is_group(self) -> bool:
-        """Whether the key has keys below it that are known in advance."""
+        """True if the key has keys below it that are known in advance."""
         return dataclasses.is_dataclass(self.hint)
 
 

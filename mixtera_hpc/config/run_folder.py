@@ -99,12 +99,12 @@ class RunFolder:
 
     @property
     def journal(self) -> Path:
-        """What was planned, written by rank 0: one line per attempt and chunk."""
+        """The plans, written by rank 0: one line per attempt and chunk."""
         return self.path / "journal.jsonl"
 
     @property
     def decisions(self) -> Path:
-        """What people changed about the run since it began."""
+        """Changes that people made to the run since it began."""
         return self.path / "decisions.jsonl"
 
     @property

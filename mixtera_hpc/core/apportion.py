@@ -56,7 +56,7 @@ class _ChunkEnd(NamedTuple):
     """The end of a chunk, for the choice of the open sequences that are served before it."""
 
     num_choices: int
-    """How many open sequences to choose."""
+    """Number of open sequences to choose."""
     num_slots: int
     """Slots in the chunk."""
 

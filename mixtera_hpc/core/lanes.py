@@ -61,7 +61,7 @@ class ServedPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LaneOrder:
-    """Which sequence of its stream each served sequence is."""
+    """Mapping between served sequences and sequences of the streams."""
 
     lanes: int
     """Number of lanes; 1 serves the base order."""

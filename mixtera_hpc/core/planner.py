@@ -36,7 +36,7 @@ from mixtera_hpc.errors import CommError, MixtureError
 __all__ = ["ChunkPlan", "LastBatch", "OnExhausted", "Planner", "PlannerState"]
 
 OnExhausted = Literal["repeat", "redistribute", "stop"]
-"""What happens when a domain has served its capacity: `redistribute` its weight, or end the data (`stop` and `repeat`).
+"""Action when a domain has served its capacity: `redistribute` its weight, or end the data (`stop` and `repeat`).
 
 With `repeat` domains start over after an epoch, so their capacity is limited by `max_epochs` only.
 """

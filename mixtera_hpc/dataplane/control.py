@@ -38,7 +38,7 @@ def block_time_limit_signal() -> None:
 
 
 class RunControl:
-    """What this rank was asked to do. Takes over the stop signals of the process until it is closed."""
+    """Requests that this rank received. Takes over the stop signals of the process until it is closed."""
 
     def __init__(self, run: RunFolder | None, watch_files: bool) -> None:
         """Install the signal handlers, if this is the main thread.

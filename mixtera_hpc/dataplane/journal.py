@@ -83,7 +83,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptSetup:
-    """What an attempt begins with."""
+    """Facts with which an attempt begins."""
 
     first_step: int
     num_ranks: int
@@ -176,7 +176,7 @@ def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRecord:
-    """What one attempt planned, as the journal has it."""
+    """Plans of one attempt, as the journal has them."""
 
     number: int
     first_step: int

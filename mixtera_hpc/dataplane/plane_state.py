@@ -62,14 +62,14 @@ def unpack_state(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaneState:
-    """Where a run is between two steps."""
+    """State of a run between two steps."""
 
     next_step: int
     """The training step of the next batch."""
     plan: ChunkPlan
     """The plan of the chunk that `next_step` lies in, or of the chunk before it when that chunk is not planned yet."""
     mixer: Mapping[str, NDArray[Any]]
-    """What the mixing algorithms have learned."""
+    """Learned state of the mixing algorithms."""
     num_fed: int
     """Data steps that they have learned from."""
     decisions: Sequence[MixtureDecision]

@@ -1,4 +1,4 @@
-"""What a data plane reads from and writes to the folder of its run.
+"""Files that a data plane reads from and writes to the folder of its run.
 
 Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader of each model-parallel group writes an
 audit log; with `dataplane.record_losses`, every rank that records losses writes a loss log. Without a folder nothing is

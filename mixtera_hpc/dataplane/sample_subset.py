@@ -1,4 +1,4 @@
-"""Which of the samples that a query selects are served: one side of the holdout, without dropped samples.
+"""Subset of the samples of a query that is served: one side of the holdout, without dropped samples.
 
 Neither is part of the configuration. The side is chosen by who opens the data; drops are recorded in the run.
 """

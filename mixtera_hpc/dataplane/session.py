@@ -47,7 +47,7 @@ NO_SAY = int(np.iinfo(np.int64).max)
 """Stands for the last finished step of a rank whose trainer names no steps; larger than every step."""
 
 ABANDON_S = 1.0
-"""How long a failing rank waits for its reading thread."""
+"""Seconds for which a failing rank waits for its reading thread."""
 
 logger = logging.getLogger("mixtera_hpc")
 

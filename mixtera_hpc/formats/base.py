@@ -97,7 +97,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSpec:
-    """What a scan must return for every row."""
+    """Values that a scan must return for every row."""
 
     text: str | None
     """Place of the document, required in every row: a dotted path, or a template, function or conversation (see

@@ -48,7 +48,7 @@ START_TIME_FIELD = 19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """How an attempt was started."""
+    """Record of how an attempt was started."""
 
     kind: Literal["slurm", "local", "program"]
     """`program`: a training program of the user's that opened the run folder by itself."""
@@ -95,7 +95,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitRecord:
-    """How an attempt ended. It is missing where every process was killed."""
+    """Record of how an attempt ended. It is missing where every process was killed."""
 
     exit_code: int
     elapsed_s: int

@@ -19,7 +19,7 @@ RECHECK_DELAY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """What was cancelled: Slurm job ids, or the process id of a local run."""
+    """The jobs that were cancelled: Slurm job ids, or the process id of a local run."""
 
     ended: tuple[str, ...]
     """Ended at once."""

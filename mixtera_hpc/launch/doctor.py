@@ -42,7 +42,7 @@ class Finding:
     """`absent` is not a fault: a laptop has no Slurm."""
     detail: str
     fix: str | None = None
-    """What to do about it."""
+    """Action that solves the problem."""
 
 
 def examine_machine(runs_root: Path) -> list[Finding]:

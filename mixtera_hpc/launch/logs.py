@@ -24,7 +24,7 @@ NUM_FAILED_RANK_LINES = 20
 
 @dataclass(slots=True)
 class _ReadPosition:
-    """How far a file has been read."""
+    """Position up to which a file has been read."""
 
     offset: int = 0
     """Bytes."""

@@ -27,7 +27,7 @@ SILENT_MIXTURE = "the mixture is dynamic, but no losses are recorded"
 """Reason that is given for a run whose trainer does not call `record`."""
 
 TAIL_BYTES = 65_536
-"""How much of the metrics file is read to find its last complete line."""
+"""Bytes of the metrics file that are read to find its last complete line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

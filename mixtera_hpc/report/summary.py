@@ -76,12 +76,12 @@ class RunPerformance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataEnd:
-    """What is left over at the end of the data."""
+    """Sequences and tokens that are left over at the end of the data."""
 
     unit: str
     """`tokens` or `samples`."""
     is_padded: bool
-    """Whether one more batch, with padding, has served the sequences."""
+    """True if one more batch, with padding, has served the sequences."""
     sequences: int
     """Sequences (or samples) that do not fill a global batch."""
     tokens: int

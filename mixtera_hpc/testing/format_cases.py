@@ -1,4 +1,4 @@
-"""What the checks of formats work with: a format and its writer, sample rows, and how shards are scanned and read.
+"""Inputs of the checks of formats: a format and its writer, sample rows, and how shards are scanned and read.
 
 Kept apart from the checks, because tests of single formats and benchmarks use it too.
 """
@@ -42,7 +42,7 @@ class FormatCase:
 
     @property
     def spec(self) -> ScanSpec:
-        """What the checks ask of rows."""
+        """Values that the checks ask of rows."""
         properties = (
             PropertyField(name="language", path=f"{self.below}meta.language", kind=Kind.CATEGORY),
             PropertyField(name="quality", path=f"{self.below}meta.quality", kind=Kind.NUMBER),

@@ -71,7 +71,7 @@ class ChatTemplate:
     refused: tuple[str, ...] = ()
     """Texts that messages must not contain, because they would become special tokens."""
     loss: Literal["assistant", "all"] = "assistant"
-    """Which tokens are trained."""
+    """Tokens that are trained."""
 
     @property
     def digest(self) -> str:

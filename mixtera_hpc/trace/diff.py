@@ -45,7 +45,7 @@ class RunDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StepOrigin:
-    """What one run served a step from."""
+    """Origin of a step that one run served."""
 
     attempt: AttemptRecord
     plan: ChunkPlan

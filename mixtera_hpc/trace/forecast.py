@@ -50,7 +50,7 @@ class MixtureDomainForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureForecast:
-    """What a mixture serves over the whole run."""
+    """Forecast of what a mixture serves over the whole run."""
 
     unit: str
     """`tokens` or `samples`."""

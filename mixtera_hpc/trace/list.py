@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceFilter:
-    """Which served sequences to list; None does not restrict."""
+    """Filter of the served sequences to list; None does not restrict."""
 
     steps: range | None = None
     rank: int | None = None

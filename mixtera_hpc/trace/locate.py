@@ -51,7 +51,7 @@ def locate_row(
 
 @dataclass(frozen=True, slots=True)
 class _RowPlace:
-    """Where a row lies in the index."""
+    """Place of a row in the index."""
 
     domain: int
     block: int

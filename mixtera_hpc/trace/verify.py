@@ -21,7 +21,7 @@ __all__ = ["VerifyResult", "verify_run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyResult:
-    """What `verify_run` has proven."""
+    """Result of `verify_run`."""
 
     num_steps: int
     """Steps proven."""

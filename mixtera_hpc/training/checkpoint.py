@@ -37,7 +37,7 @@ MODEL_FILE = "model.pt"
 OPTIMIZER_FILE = "optimizer.pt"
 
 _UNREADABLE = (DataError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
-"""What reading the files of a damaged checkpoint raises."""
+"""Exceptions that reading the files of a damaged checkpoint raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ __all__ = ["LAUNCHERS", "Example", "Finished", "Job", "start"]
 REPOSITORY = Path(__file__).parents[2]
 FAILING = Path(__file__).with_name("failing_rank.py")
 LIMIT_S = 900.0
-"""How long a job may take; the imports of a busy machine are most of it."""
+"""Seconds that a job may take; the imports of a busy machine are most of it."""
 
 LAUNCHERS = {"python": 1, "torchrun": 2, "mpiexec": 2}
 """Launcher → the number of ranks it starts here."""

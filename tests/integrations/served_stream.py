@@ -20,7 +20,7 @@ class ServedStream:
 
     digests: dict[Place, str]
     num_tokens: dict[Place, int]
-    """How many predicted tokens of the sequence count."""
+    """Number of predicted tokens of the sequence that count."""
     domain_names: list[str]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What an audit log proves, and what it cannot prove."""
+"""Facts that an audit log proves, and facts that it cannot prove."""
 
 import json
 from dataclasses import replace

@@ -75,7 +75,7 @@ WITH_APART = [
     ["mixture.kind=schedule"],
     ["mixture.unit=tokens", "dataplane.tokenizer=/tok, 1.json"],
 ]
-"""What the configurations of `APART` need besides."""
+"""Overrides that the configurations of `APART` need besides."""
 BASE = ["data.root=/data", "mixture.unit=samples"]
 KEYS = [key for key in schema_keys() if not key.is_group]
 

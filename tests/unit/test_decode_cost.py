@@ -1,4 +1,4 @@
-"""What plan says about decoding agrees with a counted run, and too much of it is refused."""
+"""The cost of decoding that plan states agrees with a counted run, and too much of it is refused."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Which indexes a configuration reads, at which generation, and where their shards are."""
+"""The indexes that a configuration reads, their generations, and the places of their shards."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which files are discovered as shards."""
+"""Files that are discovered as shards."""
 
 import errno
 import os

@@ -23,7 +23,7 @@ STEPS = 6
 
 
 class TwoByTwo:
-    """What `DataPlane.open` reads of a torch `DeviceMesh` of 2 data-parallel times 2 context-parallel threads."""
+    """Part of a torch `DeviceMesh` that `DataPlane.open` reads: 2 data-parallel times 2 context-parallel threads."""
 
     mesh_dim_names = ("dp", "cp")
 

@@ -29,7 +29,7 @@ STEPS = 9
 
 
 class Mesh:
-    """What `DataPlane.open` reads of a torch `DeviceMesh`, for ranks that are threads."""
+    """Part of a torch `DeviceMesh` that `DataPlane.open` reads, for ranks that are threads."""
 
     def __init__(self, dims: Sequence[str], shape: Sequence[int], rank: int) -> None:
         self.mesh_dim_names = tuple(dims)

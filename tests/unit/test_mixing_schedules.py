@@ -1,4 +1,4 @@
-"""Which stage of a schedule holds at a position, and how one stage blends into the next."""
+"""The stage of a schedule at a position, and the transition from one stage to the next."""
 
 import pytest
 

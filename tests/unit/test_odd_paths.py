@@ -1,4 +1,4 @@
-"""What a dotted path means: shape of the row × depth of the path × format × {build, verify, query, run, samples}."""
+"""Meaning of a dotted path: shape of the row × depth of the path × format × {build, verify, query, run, samples}."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""What `DataPlane.open` checks and finds out before a run starts or continues, for any training loop."""
+"""Checks of `DataPlane.open`, and facts that it finds out, before a run starts or continues, for any training loop."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What is left over at the end of the data stands in `report`, as in `plan`."""
+"""`report` and `plan` state what is left over at the end of the data."""
 
 import json
 from pathlib import Path

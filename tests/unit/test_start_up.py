@@ -1,4 +1,4 @@
-"""What a rank imports, opens and looks up before its first step: at a thousand ranks, each file access counts."""
+"""Imports and file accesses of a rank before its first step: at a thousand ranks, each file access counts."""
 
 import re
 import shutil

@@ -174,7 +174,7 @@ def test_a_model_that_encodes_a_special_token_itself_is_refused(tmp_path: Path) 
 
 
 class TestAddedTokens:
-    """Which tokens begin and end a document."""
+    """Tokens that begin and end a document."""
 
     @pytest.fixture
     def folder(self, files: dict[str, Path], tmp_path: Path) -> Path:

@@ -15,7 +15,7 @@ from mixtera_hpc.errors import ConfigError
 __all__ = ["read_mosaic_streams"]
 
 _PLACES = (("streams",), ("dataset", "streams"), ("train_loader", "dataset", "streams"), ("train_dataset", "streams"))
-"""Where a training config may have its streams."""
+"""Key paths under which a training config may have its streams."""
 _ABSOLUTE = ("repeat", "choose")
 
 

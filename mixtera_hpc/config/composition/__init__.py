@@ -1,1 +1,1 @@
-"""What Hydra composes from: folders, the schema in its ConfigStore, experiments, overrides, and messages."""
+"""Composition with Hydra: folders, the schema in its ConfigStore, experiments, overrides, and messages."""

@@ -51,32 +51,32 @@ class Config:
     """The whole configuration of a run."""
 
     data: DataConfig
-    """Which files hold the samples, and where a row has its text and its properties."""
+    """The files that hold the samples, and the places of the text and the properties in a row."""
     index: IndexConfig
     """The property index files, and how an index is built."""
     query: QueryConfig = field(default_factory=QueryConfig)
-    """Which samples take part, and which of them are held out for validation."""
+    """Selection of the samples that take part, and of those that are held out for validation."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """The domains and the proportions in which they are served."""
     dataplane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
-    """How samples become the batches of every rank."""
+    """Rules by which samples become the batches of every rank."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The reference trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the reference trainer saves, and how many checkpoints stay."""
     track: TrackConfig = field(default_factory=TrackConfig)
-    """Where metrics go in addition to the JSONL files of the run folder."""
+    """Destinations of metrics in addition to the JSONL files of the run folder."""
     run: RunConfig = field(default_factory=RunConfig)
     """The name and the folder of the run."""
     job: JobConfig = field(default_factory=JobConfig)
-    """What the job requests from Slurm."""
+    """Resources that the job requests from Slurm."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """What the nodes of a cluster look like, and how ranks are started on them."""
+    """Properties of the nodes of a cluster, and the way in which ranks are started on them."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """The Python interpreter and packages of the ranks of a job."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """The comparison that `mixtera-hpc sweep` makes."""
     plan: PlanConfig = field(default_factory=PlanConfig)
-    """What `mixtera-hpc plan` prints."""
+    """Output of `mixtera-hpc plan`."""
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
     """The mixtures that `mixtera-hpc swarm` samples, and the regression that proposes one."""

@@ -11,7 +11,7 @@ __all__ = ["DataConfig", "DataSetConfig", "DataSetKeys", "IndexConfig", "Propert
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PropertyConfig:
-    """Where one property of a sample comes from. A bare string is short for `{path: STRING, kind: category}`."""
+    """Source of one property of a sample. A bare string is short for `{path: STRING, kind: category}`."""
 
     path: str | None = None
     """Dotted path inside the row (`meta.language`), or a value taken from the location of the row: `__path__`,
@@ -68,7 +68,7 @@ class DataSetKeys:
     Builds and runs refuse larger ones before they take the memory, and an index file whose tables are larger. At
     least 65536."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
-    """What an index build does with rows that cannot be read. `fail`: end the build and name the first ten. `skip`:
+    """Action of an index build for rows that cannot be read. `fail`: end the build and name the first ten. `skip`:
     leave them out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out
     the rest of it."""
 

@@ -18,7 +18,7 @@ class BatchStageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPlaneConfig:
-    """How samples become the batches of every rank."""
+    """Rules by which samples become the batches of every rank."""
 
     tokenizer: str | None = None
     """Path of a Hugging Face `tokenizer.json`. Required by `mixture.unit=tokens`, unless all shards hold token ids."""
@@ -88,7 +88,7 @@ class DataPlaneConfig:
     """The text of a special token, such as `<|endoftext|>`, inside a document. `text`: encoded like any other text.
     `allow`: encoded as the special token."""
     chat_loss: Literal["assistant", "all"] = "assistant"
-    """Which tokens of a conversation (`data.text=chat:PATH`) count. `assistant`: those that the assistant wrote. `all`:
+    """Tokens of a conversation (`data.text=chat:PATH`) that count. `assistant`: those that the assistant wrote. `all`:
     also those of the other messages and of the chat template."""
     predict_across_documents: bool = False
     """Count the loss of the first token of a document, which is predicted from the document before it."""
@@ -105,16 +105,15 @@ class DataPlaneConfig:
     """Delivery of a batch to a model-parallel group. `each`: every rank reads and tokenizes it. `lead`: the first rank
     of the group does, and passes it on; needs `mixture.unit=tokens`."""
     comm: Literal["auto", "local", "mpi", "torch"] = "auto"
-    """How ranks communicate. `auto`: through torch's process group if it is initialised, else MPI if mpiexec or srun
-    started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
+    """Communication between ranks. `auto`: through torch's process group if it is initialised, else MPI if mpiexec or
+    srun started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
     watchdog_s: float = 60
     """Seconds without progress after which the ranks at fault are named in the log, in the run folder and by `status`.
     0 turns the watchdog off; a stop request while a rank is stopped or stuck is then not honoured."""
     watchdog_trainer_s: float = 1800
     """The same limit for the time in the trainer's own code (compile, save, validate) while no rank waits for it."""
     watchdog: Literal["warn", "abort"] = "warn"
-    """What follows after the same time again without progress. `warn`: nothing. `abort`: all ranks end with an
-    error."""
+    """Action after the same time again without progress. `warn`: none. `abort`: all ranks end with an error."""
     scalars: dict[str, float] = field(default_factory=dict)
     """Numbers of every sequence that the trainer records besides the loss, such as `{grad_norm: 10.0}`: name → scale,
     its largest absolute value. Values beyond it are counted and left out (`DataPlane.record`)."""

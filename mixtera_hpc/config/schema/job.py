@@ -10,7 +10,7 @@ __all__ = ["ClusterConfig", "EnvironmentConfig", "JobConfig", "PartitionConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """What the job requests from Slurm."""
+    """Resources that the job requests from Slurm."""
 
     name: str | None = None
     """Job name. Null means `run.name`."""
@@ -70,7 +70,7 @@ class PartitionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """What the nodes of a cluster look like, and how ranks are started on them."""
+    """Properties of the nodes of a cluster, and the way in which ranks are started on them."""
 
     name: str = "local"
     """Name of the cluster, for messages."""
@@ -79,7 +79,7 @@ class ClusterConfig:
     gpus_per_node: int = 0
     """GPUs of a node, and the largest value of `job.ranks_per_node`. With 0 ranks are not bound to GPUs."""
     gpu_request: Literal["gpus-per-task", "gpus-per-node", "gres"] = "gpus-per-task"
-    """How GPUs are requested from Slurm: one per rank, all of a node, or all of a node as a generic resource."""
+    """Form of a request for GPUs to Slurm: one per rank, all of a node, or all of a node as a generic resource."""
     cpus_per_node: int | None = None
     """Cores of a node that ranks may use. Null: not known and not checked."""
     max_nodes: int | None = None
@@ -93,7 +93,7 @@ class ClusterConfig:
     partitions: dict[str, PartitionConfig] = field(default_factory=dict)
     """Partitions of the cluster and their limits. An empty mapping is not checked."""
     needs_account: bool = False
-    """Whether `job.account` must be given."""
+    """Require that `job.account` is given."""
     mpi: str | None = None
     """Value of `srun --mpi`, for example `pmix`. Null means the default of Slurm. `environment.mpi` replaces it."""
     signal_lead_s: int = 120

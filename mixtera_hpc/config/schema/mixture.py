@@ -39,7 +39,7 @@ class StageConfig:
     """One mixture of a schedule."""
 
     start: float
-    """Where the stage begins, in `mixture.schedule.unit`. The first stage begins at 0."""
+    """Start of the stage, in `mixture.schedule.unit`. The first stage begins at 0."""
     kind: Literal["natural", "static", "hierarchical", "dynamic"] = "static"
     """Like `mixture.kind`. A dynamic stage uses the losses of all steps since the first step of the run."""
     domains: list[DomainConfig] = field(default_factory=list)
@@ -67,9 +67,9 @@ class ScheduleConfig:
     """Mixtures that follow each other. A chunk uses the weights that apply at its first step."""
 
     unit: Literal["steps", "tokens"] = "steps"
-    """What `start` of a stage counts: optimizer steps, or predicted tokens of all ranks together."""
+    """Unit of `start` of a stage: optimizer steps, or predicted tokens of all ranks together."""
     shape: Literal["stepwise", "linear", "cosine"] = "stepwise"
-    """How weights move from one stage to the next: at once when it starts, or gradually between the two starts."""
+    """Transition of weights from one stage to the next: at once when it starts, or gradually between the two starts."""
     stages: list[StageConfig] = field(default_factory=list)
     """The stages, in the order of `start`."""
 
@@ -83,7 +83,7 @@ class MixtureConfig:
     members. `schedule`: mixtures that follow each other. `arbitrary`: index order, without domains. `dynamic`: weights
     that an algorithm learns during training (docs/mixtures.md)."""
     unit: Literal["tokens", "samples"] = "tokens"
-    """What weights and batches count: packed sequences of tokens, or samples."""
+    """Unit of weights and batches: packed sequences of tokens, or samples."""
     domains: list[DomainConfig] = field(default_factory=list)
     """The domains. An empty list makes one domain for each distinct value of `mixture.group_by`, or a single domain of
     all samples."""
@@ -108,7 +108,7 @@ class MixtureConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The stages of `mixture.kind=schedule`."""
     on_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
-    """What happens when a domain was served `max_epochs` times. `repeat` and `stop`: the data end. `redistribute`: its
+    """Action when a domain was served `max_epochs` times. `repeat` and `stop`: the data end. `redistribute`: its
     share goes to the other domains in proportion to their weights."""
     max_epochs: float | None = None
     """Passes over a domain before it is exhausted. Null: unlimited for `repeat`, 1 for `redistribute` and `stop`. Above

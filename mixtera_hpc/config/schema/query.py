@@ -17,7 +17,7 @@ class HoldoutConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryConfig:
-    """Which samples take part in a run."""
+    """Selection of the samples that take part in a run."""
 
     where: str | None = None
     """Boolean expression over properties, for example `language in ['en', 'de'] and quality >= 0.7 and 'python' in

@@ -9,7 +9,7 @@ __all__ = ["PlanConfig", "RunConfig", "TrackConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go in addition to the JSONL files of the run folder."""
+    """Destinations of metrics in addition to the JSONL files of the run folder."""
 
     tensorboard: bool = False
     """Write scalars for TensorBoard into the run folder. Needs the package `tensorboard`."""
@@ -31,7 +31,7 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig:
-    """What `mixtera-hpc plan` prints."""
+    """Output of `mixtera-hpc plan`."""
 
     first_step: int = 0
     """First step to print."""

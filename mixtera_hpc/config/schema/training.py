@@ -39,7 +39,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model is trained. `auto`: a GPU if there is one."""
+    """Device on which the model is trained. `auto`: a GPU if there is one."""
     num_threads: int = 1
     """CPU threads of torch in each rank."""
     validate_every: int = 0

@@ -26,10 +26,10 @@ PUBLISHED_BOUNDS = LawBounds(min_epsilon=float(np.exp(0.5)))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoVariant:
-    """Where the published rules differ."""
+    """Options in which the published rules differ."""
 
     share: Literal["realised", "previous", "new"] = "realised"
-    """What credit follows: the shares of the step's batch, the weights before the update, or those after it."""
+    """Shares that credit follows: those of the step's batch, the weights before the update, or those after it."""
     credit_in_warmup: bool = False
     """Credit moves before the mixture does."""
     credit: Literal["power", "spread"] = "power"

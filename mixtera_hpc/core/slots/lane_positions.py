@@ -94,7 +94,7 @@ class _ServedRanges(NamedTuple):
     Modulo L it is the turn of its lane. Every number after it has the next turn.
     """
     size: Ints
-    """How many numbers are served; shape (S, R)."""
+    """Count of served numbers; shape (S, R)."""
 
     @classmethod
     def of_steps(cls, ranges: LaneRanges, turns: Ints, first: Ints, stop: Ints) -> "_ServedRanges":

@@ -1,4 +1,4 @@
-"""What a mixture depends on besides its configuration: domains, their sizes, and the position of its chunks."""
+"""Facts on which a mixture depends besides its configuration: domains, their sizes, and the position of its chunks."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class DomainSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkTimeline:
-    """Where the chunks of a mixture lie in the run.
+    """Positions of the chunks of a mixture in the run.
 
     A mixture counts chunks from its own first one. For the mixture a run begins with, that is chunk 0 of the run; for a
     mixture that was requested at run time, it is the chunk in which that mixture took over.
@@ -55,7 +55,7 @@ class ChunkTimeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureContext:
-    """What the mixtures of a run depend on; the same for every mixture that the run is served from."""
+    """Facts on which the mixtures of a run depend; the same for every mixture that the run is served from."""
 
     domain_sizes: DomainSizes
     names: tuple[str, ...]

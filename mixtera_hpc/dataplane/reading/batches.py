@@ -1,4 +1,4 @@
-"""What a rank gets of every step, and which part of the global batch that is."""
+"""Batches that a rank gets, and the part of the global batch that they hold."""
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ class Batch:
     tokens: Ints
     """Token ids; shape (B, T + 1), or (B, 0) with `mixture.unit=samples`."""
     loss_mask: NDArray[np.bool_]
-    """Which predicted tokens count; shape (B, T)."""
+    """Mask of the predicted tokens that count; shape (B, T)."""
     document_ids: NDArray[np.int32]
     """Number of the document of each token, from 0 in every sequence; shape (B, T + 1)."""
     payloads: list[Any] | None = None
@@ -109,7 +109,7 @@ class BatchSlice:
     """Number of the rank's group; groups get consecutive parts of the global batch."""
     num_groups: int = 1
     is_group_leader: bool = True
-    """Whether the rank is the first of its group. Only leaders contribute to sums over ranks."""
+    """True if the rank is the first of its group. Only leaders contribute to sums over ranks."""
 
     @classmethod
     def of(cls, plane: DataPlaneConfig, rank: int, num_ranks: int) -> "BatchSlice":
@@ -170,7 +170,7 @@ class BatchSource(Protocol):
 
     @property
     def places(self) -> Sequence[ReadPlace]:
-        """Where it reads, one place per process."""
+        """Places where it reads, one per process."""
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """Yield this rank's batches of `plan`, from training step `first_step` on."""

@@ -42,7 +42,7 @@ class BatchFeed(Protocol):
 
     @property
     def places(self) -> Sequence[ReadPlace]:
-        """Where this rank reads; empty if it does not."""
+        """Places where this rank reads; empty if it does not."""
 
     def submit(self, plan: ChunkPlan, first_step: int) -> None:
         """Take a plan; its steps before `first_step` are skipped."""

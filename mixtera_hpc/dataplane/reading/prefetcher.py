@@ -32,7 +32,7 @@ class Prefetcher:
         """Start the thread; it prepares at most `prefetch_batches` batches, and one that waits for room."""
         self._maker = maker
         self.places = maker.places
-        """Where the thread, or its processes, read."""
+        """Places where the thread, or its processes, read."""
         self._prefetch_batches = prefetch_batches
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
         self._ready: deque[Batch | _EndOfData | BaseException] = deque()
@@ -41,7 +41,7 @@ class Prefetcher:
         self._has_batch = threading.Condition(lock)
         self._has_room = threading.Condition(lock)
         self._end: _EndOfData | BaseException | None = None
-        """What came instead of another batch; `get` repeats it."""
+        """End or error that came instead of another batch; `get` repeats it."""
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()

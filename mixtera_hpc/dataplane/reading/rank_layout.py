@@ -1,4 +1,4 @@
-"""Which ranks get the same part of a global batch: neighbours, or any layout that the trainer describes.
+"""Groups of ranks that get the same part of a global batch: neighbours, or any layout that the trainer describes.
 
 Ranks with the same data-parallel coordinate are the model-parallel peers of one group, wherever they are. Price: one
 all-gather of 32 bytes per rank when a data plane is opened.

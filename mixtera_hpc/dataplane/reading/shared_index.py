@@ -1,4 +1,4 @@
-"""What all ranks know about the index of a run: a small description, and tables that each node stores once.
+"""Data about the index of a run on all ranks: a small description, and tables that each node stores once.
 
 Rank 0 opens the index, selects the domains and shares the result. The other ranks never read a table from disk. Price:
 one open of the index per run, one broadcast of JSON, and O(blocks) memory per node.

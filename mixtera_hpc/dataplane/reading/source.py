@@ -76,7 +76,7 @@ class Source:
     """Matches the samples that are served after drops; None when nothing is dropped."""
     stream_version: StreamVersion
     lanes: LaneOrder
-    """Which sequence of its stream each served sequence is."""
+    """Mapping between served sequences and sequences of the streams."""
     readers_per_node: int = 1
     """Ranks and worker processes of a node, which share `data.cache_bytes`."""
     table_memory: TableMemory | None = None

@@ -1,4 +1,4 @@
-"""How large the streams of the domains are, and in which order their samples come."""
+"""Sizes of the streams of the domains, and the order of their samples."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,12 @@ class ShardFacts:
     expansion: NDArray[np.float64]
     """Decoded bytes per byte that the index counts in the blocks of the shard."""
     is_chat: NDArray[np.bool_]
-    """Whether the rows are conversations."""
+    """Mask of the shards whose rows are conversations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamLayout:
-    """How large the streams are and in which order their samples come; the same on every rank."""
+    """Sizes of the streams and the order of their samples; the same on every rank."""
 
     table: DomainTable
     blocks: BlockTable
@@ -37,9 +37,9 @@ class StreamLayout:
     num_specials: int
     """Special tokens added to every document, but not to conversations."""
     chat_blocks: NDArray[np.bool_] | None
-    """Which blocks of the index hold conversations; None if no block does."""
+    """Mask of the blocks of the index that hold conversations; None if no block does."""
     in_tokens: bool
-    """Whether items are tokens; otherwise they are samples."""
+    """True if items are tokens; otherwise they are samples."""
 
     @classmethod
     def of_config(

@@ -1,1 +1,1 @@
-"""Where an attempt continues: saved states, edits of a run, and what identifies it."""
+"""Resuming of a run: saved states, edits of a run, and what identifies it."""

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run can be used: one check for everything that reads them.
+"""Usable checkpoints of a run: one check for everything that reads them.
 
 `training.json` lists every file of a checkpoint with its size and CRC-32, so an incomplete copy or a changed byte is
 noticed before anything is read from it.

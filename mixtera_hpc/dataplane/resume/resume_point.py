@@ -24,7 +24,7 @@ __all__ = ["ResumePoint", "find_resume_point", "initial_state", "share_resume_po
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePoint:
-    """Where an attempt continues."""
+    """Point from which an attempt continues."""
 
     step: int
     plan: ChunkPlan

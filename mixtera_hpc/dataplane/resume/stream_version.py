@@ -24,7 +24,7 @@ StepRange = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StreamVersion:
-    """How training steps and stream positions are counted; a run begins with `StreamVersion.start`."""
+    """Rules by which training steps and stream positions are counted; a run begins with `StreamVersion.start`."""
 
     number: int
     """Run edits so far."""

@@ -1,4 +1,4 @@
-"""What each rank was asked to do, on its way to all ranks: with the reductions of steps, or directly at the start.
+"""Requests that each rank received, on their way to all ranks: with the reductions of steps, or directly at the start.
 
 The reduction of a step carries the requests that its rank has seen. A rank can wait for a reduction only when all ranks
 have started it, which depends on how many batches their trainers hold. This is not known before a trainer has finished

@@ -52,7 +52,7 @@ class OpenStep:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all sequences were recorded, or the trainer called `finish`."""
+        """True if all sequences were recorded, or the trainer called `finish`."""
         return self.was_finished_by_name or self.losses.are_complete
 
     def flags(self, stop: bool, save: bool) -> RankFlags:
@@ -81,7 +81,7 @@ class OpenSteps:
         self.max_undecided = min(max_unfinished, MAX_UNDECIDED)
         """Batches handed out before this rank decides whether its trainer says when a step is finished."""
         self.names_steps = False
-        """Whether this rank's trainer calls `record` or `finish`."""
+        """True if this rank's trainer calls `record` or `finish`."""
         self._finishes_by_request = False
         self.look_ahead = 0
         """Most batches that were unfinished when this rank asked for another one."""

@@ -24,7 +24,7 @@ __all__ = ["StepLedger"]
 
 
 class StepLedger:
-    """Where one rank is in its run. All counters only grow."""
+    """Progress of one rank in its run. All counters only grow."""
 
     def __init__(
         self, version: StreamVersion, chunk_steps: int, *, next_step: int, current_chunk: int, num_fed: int

@@ -22,7 +22,7 @@ __all__ = ["StepLog", "StepTiming"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
-    """What rank 0 measured for one step."""
+    """Times that rank 0 measured for one step."""
 
     step: int
     step_s: float

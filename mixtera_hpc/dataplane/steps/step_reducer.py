@@ -362,7 +362,7 @@ def _hash_of(group: int) -> int:
 
 
 class AgreedRequests:
-    """What any rank was asked to do, as all ranks know it from the results of steps.
+    """Requests that any rank received, as all ranks know them from the results of steps.
 
     Ranks receive results at different times. They ask about the same step, and get the same answer.
     """

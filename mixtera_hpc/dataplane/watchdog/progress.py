@@ -1,4 +1,4 @@
-"""Where a rank is: the stage of its trainer's thread, and the place of each thread or process that reads for it.
+"""Progress of a rank: the stage of its trainer's thread, and the place of each thread or process that reads for it.
 
 The threads write, the watchdog reads; no locks. Price: two microseconds per stage, and half a microsecond per shard
 that is read.
@@ -21,7 +21,7 @@ AGREE = "agree"
 """Stage of a rank that holds its batch and waits until every rank does."""
 
 IDLE, READ, TOKENIZE, PACK = range(4)
-"""What a reading thread does. It is idle while it waits for a plan, or for room for its batches."""
+"""Activities of a reading thread. It is idle while it waits for a plan, or for room for its batches."""
 STAGE_NAMES = ("idle", "read", "tokenize", "pack")
 """Opening, reading and decoding a shard is one stage; the stacks tell them apart. `pack` includes `data.transform`."""
 

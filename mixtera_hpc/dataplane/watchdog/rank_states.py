@@ -1,4 +1,4 @@
-"""What the watchdogs of all ranks know about each other: a heartbeat file per rank, and the verdict of one of them.
+"""Exchange between the watchdogs of all ranks: a heartbeat file per rank, and the verdict of one of them.
 
 No clocks are compared: a rank is silent if its heartbeat does not change while another rank looks at it.
 Price: one write of 200 bytes per rank and heartbeat. The files of others are read only when somebody waits.
@@ -36,7 +36,7 @@ ENDED = "ended"
 
 
 class RankState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a rank writes about itself."""
+    """Heartbeat that a rank writes about itself."""
 
     rank: int
     host: str
@@ -51,11 +51,11 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows: tuple[int, int] | None = None
     """First and last row that are read together."""
     silent: bool = False
-    """Whether its heartbeat has stopped."""
+    """True if its heartbeat has stopped."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """Which ranks keep the others waiting; the content of `stalled.json`."""
+    """The ranks that keep the others waiting; the content of `stalled.json`."""
 
     message: str
     ranks: Sequence[RankState]

@@ -47,7 +47,7 @@ MAX_PERIOD_S = 5.0
 """Seconds between two heartbeats of a rank; more in jobs of over 1,000 ranks."""
 RANKS_PER_PERIOD_S = 200
 STOP_GRACE_S = 6.0
-"""How long a stop request waits for a stalled run to get on."""
+"""Seconds for which a stop request waits for a stalled run to get on."""
 NUM_JUDGES = 8
 """Ranks that look at the others, each if those before it do not."""
 JUDGE_DELAY_S = 0.5
@@ -58,7 +58,7 @@ logger = logging.getLogger("mixtera_hpc")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedRank:
-    """What the watchdog of a rank looks at."""
+    """Facts about a rank that its watchdog uses."""
 
     rank: int
     num_ranks: int

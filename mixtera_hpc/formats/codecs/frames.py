@@ -55,7 +55,7 @@ class Decompressor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """How to decode one kind of compression."""
+    """Decoder of one kind of compression."""
 
     start: Callable[[], Decompressor]
     """Creates the decompressor of the next frame."""

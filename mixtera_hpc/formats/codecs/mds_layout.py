@@ -54,7 +54,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MdsLayout:
-    """Where the samples of a shard lie, and what they consist of."""
+    """Positions of the samples of a shard, and the columns that they consist of."""
 
     size_bytes: int
     """Bytes of the shard, decompressed."""

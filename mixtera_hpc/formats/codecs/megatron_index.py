@@ -30,7 +30,7 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLayout:
-    """Where the documents of a `.bin` file lie."""
+    """Positions of the documents of a `.bin` file."""
 
     dtype: np.dtype[Any]
     """Type of the token ids."""

@@ -52,7 +52,7 @@ class TarMember:
 
 @dataclass(frozen=True, slots=True)
 class _MemberOverride:
-    """What GNU and pax headers say about the member that follows them; None leaves the member's own header in force."""
+    """Values of GNU and pax headers for the member that follows; None leaves the member's own header in force."""
 
     name: str | None = None
     size: int | None = None

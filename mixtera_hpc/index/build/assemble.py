@@ -42,7 +42,7 @@ MAX_LISTED = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
-    """What a build did."""
+    """Results of a build."""
 
     path: str
     fingerprint: str
@@ -81,7 +81,7 @@ class BuildReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReusedShards:
-    """What a refreshed index takes from the older one: the unchanged shards, which come first."""
+    """Data that a refreshed index takes from the older one: the unchanged shards, which come first."""
 
     rows: Sequence[int] = ()
     """Number of rows of every reused shard."""

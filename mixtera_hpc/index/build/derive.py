@@ -44,7 +44,7 @@ __all__ = ["DeriveReport", "derive_properties"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeriveReport:
-    """What a derivation did."""
+    """Results of a derivation."""
 
     path: str
     fingerprint: str
@@ -192,7 +192,7 @@ def _null_fields(
 
 @dataclass(frozen=True, slots=True)
 class _Derivation:
-    """What a derivation works with."""
+    """Inputs of a derivation."""
 
     index: PropertyIndex
     new: Mapping[str, NewProperties]

@@ -39,7 +39,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ScanPlan(msgspec.Struct, kw_only=True):
-    """What is to be scanned. Rank 0 broadcasts it."""
+    """Plan of what is to be scanned. Rank 0 broadcasts it."""
 
     shards: list[Shard]
     """The shards of the new index, in order."""
@@ -78,12 +78,12 @@ class AfterScan(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexJob:
-    """How units are scanned; the same on every rank."""
+    """Description of how units are scanned; the same on every rank."""
 
     path: Path
     """The index to write."""
     depends_on: Any
-    """What a result depends on besides its unit; must be convertible to JSON."""
+    """Everything on which a result depends besides its unit; must be convertible to JSON."""
     threads: int
     """Scanning threads per rank."""
     scan: Callable[[ScanPlan, int], Iterator[ScanResult]]

@@ -45,7 +45,7 @@ order."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedTables:
-    """What is known about all results together."""
+    """Facts about all results together."""
 
     properties: dict[str, Property]
     combos: ComboTable

@@ -40,7 +40,7 @@ __all__ = ["IndexFacts", "PublishedIndex", "publish_index", "renew_modification_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexFacts:
-    """What an index stores about its build."""
+    """Facts that an index stores about its build."""
 
     sets: Mapping[str, DataSetFacts]
     """By name of the data set; a single unnamed one is called ''."""
@@ -54,7 +54,7 @@ class IndexFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedIndex:
-    """What was written."""
+    """Facts about the index that was written."""
 
     fingerprint: str
     tokens: int

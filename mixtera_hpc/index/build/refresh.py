@@ -50,7 +50,7 @@ READ_THREADS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshReport:
-    """What a refresh did."""
+    """Results of a refresh."""
 
     unchanged: int
     """Shards that have not changed."""
@@ -71,7 +71,7 @@ class RefreshReport:
 
 @dataclass(frozen=True, slots=True)
 class _ShardChanges:
-    """How the shards of an index differ from those on disk."""
+    """Differences between the shards of an index and those on disk."""
 
     unchanged: list[int]
     """Positions in the index, ascending."""

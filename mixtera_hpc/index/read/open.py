@@ -27,7 +27,7 @@ from mixtera_hpc.index.table_values import check_generations, check_range
 __all__ = ["DataRoots", "PropertyIndex", "open_index", "read_stored_roots"]
 
 DataRoots = str | Mapping[str, str] | None
-"""Where the shards are now: one folder, or one folder per data set; None: where they were when the index was built."""
+"""Current folder of the shards, or one folder per data set; None: the place they had when the index was built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

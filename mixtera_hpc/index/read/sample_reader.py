@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSource:
-    """Where the samples of one index are. Rank 0 sends it to every rank."""
+    """Place of the samples of one index. Rank 0 sends it to every rank."""
 
     path: str
     fingerprint: str

@@ -73,7 +73,7 @@ class SelectedDomains:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionCost:
-    """What evaluating a query took."""
+    """Cost of evaluating a query."""
 
     bytes_read: int
     """Of sample columns, decompressed."""

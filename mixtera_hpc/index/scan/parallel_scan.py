@@ -33,7 +33,7 @@ NEXT_BATCH, UNITS_DONE, ROWS_DONE, BYTES_DONE = range(4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanProgress:
-    """What all ranks together have scanned so far."""
+    """Amount that all ranks together have scanned so far."""
 
     rows: int
     bytes_done: int

@@ -47,13 +47,13 @@ _CHECKSUM_BYTES = 1 << 20
 
 
 class RecordHeader(msgspec.Struct):
-    """What a record contains."""
+    """Header that describes the content of a record."""
 
     unit: int
     number: int
     """Position of the result among those of its unit."""
     last: bool
-    """Whether it is the last result of its unit."""
+    """True if it is the last result of its unit."""
     fingerprint: str
     """Of the shard, if this is its first result."""
     reasons: dict[str, int]

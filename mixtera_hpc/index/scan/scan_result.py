@@ -43,7 +43,7 @@ MAX_REASON = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSummary:
-    """What the merge needs to know about a result before it loads the columns."""
+    """Facts about a result that the merge needs before it loads the columns."""
 
     combos: list[Combo | None]
     """The combos that occur."""

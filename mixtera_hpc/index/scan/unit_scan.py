@@ -55,7 +55,7 @@ class DataSetScan:
     root: Path
     """Folder of its shards."""
     spec: ScanSpec
-    """What is read from rows."""
+    """Values that are read from rows."""
     computed: ComputedProperties
     """The functions of documents, rows and numbers."""
 

@@ -31,7 +31,7 @@ IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training",
 """The config groups whose values identify a point."""
 
 Action = Literal["new", "continue", "finished", "active"]
-"""What submitting the sweep does with a point: `continue` resumes its run; a finished or active point is skipped."""
+"""Action of submitting the sweep for a point: `continue` resumes its run; a finished or active point is skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
