@@ -31,11 +31,11 @@ Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
 
 
-class _LaneCut(NamedTuple):
-    """Consecutive whole sequences of one epoch, which are dealt out to lanes; one per sequence that is looked up."""
+class _EpochLanes(NamedTuple):
+    """The lanes of an epoch, or of its part since samples were dropped; one entry per sequence that is looked up."""
 
     first: Ints
-    """Number of the first sequence."""
+    """Number of the first whole sequence of the epoch, with which lane 0 begins."""
     lane_length: Ints
     """Sequences per lane, Q; the sequences that remain after the last lane are served at the end."""
 
@@ -75,11 +75,11 @@ class LaneOrder:
 
     def sequence(self, domain: AnyInts | int, ordinal: Ints) -> Ints:
         """Return the number in the stream of the sequences that are served as number `ordinal` of their domains."""
-        segment = self._segment(domain, ordinal)
-        number = ordinal - segment.first
-        length = segment.lane_length
+        epoch = self._epoch_lanes(domain, ordinal)
+        number = ordinal - epoch.first
+        length = epoch.lane_length
         in_lanes = number < self.lanes * length
-        dealt = segment.first + number * self._step % self.lanes * length + number // self.lanes
+        dealt = epoch.first + number * self._step % self.lanes * length + number // self.lanes
         sequence: Ints = np.where(in_lanes, dealt, ordinal)
         return sequence
 
@@ -89,7 +89,7 @@ class LaneOrder:
 
     def ordinal(self, domain: int, sequence: int) -> int:
         """Return the number under which a sequence of the stream is served; the inverse of `sequence`."""
-        first, length = (int(value[0]) for value in self._segment(domain, np.array([sequence])))
+        first, length = (int(value[0]) for value in self._epoch_lanes(domain, np.array([sequence])))
         number = sequence - first
         if not 0 <= number < self.lanes * length:
             return sequence
@@ -115,9 +115,9 @@ class LaneOrder:
         return positions_of_steps(ranges, _turns(self.lanes), first, stop, positions)
 
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
-        """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""
+        """Return the items of the stream that the epoch of `ordinal` serves before it, as ascending ranges."""
         low, _ = self._bounds(domain, np.array([ordinal]))
-        first, length = (int(value[0]) for value in self._segment(domain, np.array([ordinal])))
+        first, length = (int(value[0]) for value in self._epoch_lanes(domain, np.array([ordinal])))
         stop = self._item(domain, ordinal)
         number = ordinal - first
         if not 0 < number < self.lanes * length:
@@ -137,14 +137,14 @@ class LaneOrder:
         return int(_turns(self.lanes)[lane])
 
     def _ranges(self, first: Ints, stop: Ints) -> LaneRanges:
-        """Return the served numbers from `first` to `stop` of every domain as ranges of one segment each."""
+        """Return the served numbers from `first` to `stop` of every domain as ranges of one epoch each."""
         domain = np.flatnonzero(first < stop)
         first = first.take(domain)
         stop = stop.take(domain)
-        segment = self._segment(domain, first)
-        is_inside = stop <= segment.first + self.lanes * segment.lane_length
-        ranges = LaneRanges(domain, first, stop, segment.first, segment.lane_length, is_inside)
-        # Nearly always all numbers of a domain lie in the lanes of one segment.
+        epoch = self._epoch_lanes(domain, first)
+        is_inside = stop <= epoch.first + self.lanes * epoch.lane_length
+        ranges = LaneRanges(domain, first, stop, epoch.first, epoch.lane_length, is_inside)
+        # Nearly always all numbers of a domain lie in the lanes of one epoch.
         if is_inside.all():
             return ranges
         is_cut = ~is_inside
@@ -165,8 +165,8 @@ class LaneOrder:
         begins = np.where(number == 0, first[part], begins)
         ends = np.where(number == num_epochs[part] - 1, stop[part], np.append(begins[1:], 0))
 
-        segment = self._segment(domain[part], begins)
-        borders = np.clip(segment.first + self.lanes * segment.lane_length, begins, ends)
+        epoch = self._epoch_lanes(domain[part], begins)
+        borders = np.clip(epoch.first + self.lanes * epoch.lane_length, begins, ends)
         # Each part is a range in lanes, and one behind them; nearly always one of the two is empty.
         range_first = np.stack([begins, borders], axis=1).ravel()
         range_stop = np.stack([borders, ends], axis=1).ravel()
@@ -176,8 +176,8 @@ class LaneOrder:
             domain=domain[part][of_part],
             first=range_first[filled],
             stop=range_stop[filled],
-            origin=segment.first[of_part],
-            lane_length=segment.lane_length[of_part],
+            origin=epoch.first[of_part],
+            lane_length=epoch.lane_length[of_part],
             is_dealt=filled % 2 == 0,
         )
 
@@ -194,13 +194,13 @@ class LaneOrder:
         count = (high - origin - self.grid.length) // stride + 1 - first
         return first, np.maximum(count, 0)
 
-    def _segment(self, domain: AnyInts | int, ordinal: Ints) -> _LaneCut:
-        """Return the segment in which each sequence begins."""
+    def _epoch_lanes(self, domain: AnyInts | int, ordinal: Ints) -> _EpochLanes:
+        """Return the lanes of the epoch in which each sequence begins."""
         first, count = self.whole_sequences(domain, ordinal)
-        return _LaneCut(first, count // self.lanes)
+        return _EpochLanes(first, count // self.lanes)
 
     def _bounds(self, domain: AnyInts | int, ordinal: Ints) -> tuple[Ints, Ints]:
-        """Return the first item of each sequence's segment, and one past the last."""
+        """Return the first item of each sequence's epoch, or of its part since a drop, and one past the last."""
         items = self.epoch_items[domain]
         start = self.origins[domain] + ordinal * self.grid.stride
         epoch_start = start // items * items

@@ -76,8 +76,8 @@ DOMAINS = st.lists(
 
 def lane_of(order: LaneOrder, domain: int, ordinal: int) -> int:
     """Return the lane of a served sequence, from the sequence of the stream that it is."""
-    segment = order._segment(domain, np.array([ordinal]))
-    first, length = int(segment.first[0]), int(segment.lane_length[0])
+    epoch = order._epoch_lanes(domain, np.array([ordinal]))
+    first, length = int(epoch.first[0]), int(epoch.lane_length[0])
     number = int(order.sequence(domain, np.array([ordinal]))[0]) - first
     return number // length if 0 <= number < order.lanes * length else order.lanes - 1
 
