@@ -10,7 +10,7 @@ from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advan
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
-from mixtera_hpc.core.slots.segment_order import order_slots
+from mixtera_hpc.core.slots.segment_order import SegmentOrder
 
 ENDLESS = 1 << 61
 
@@ -41,6 +41,12 @@ def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -
     before = after + UNIT - weight[served]
     end = lag + weight * len(served) - counts * UNIT
     return int(max(np.abs(each).max(initial=0) for each in (after, before, end)))
+
+
+def order_slots(lag: np.ndarray, weight: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the domain of every slot if domain k gets `counts[k]` of the slots; shape (counts.sum(),)."""
+    segment = SegmentOrder(lag, weight, counts)
+    return segment.slots([(0, segment.num_slots)], np.zeros_like(counts))[0].domain
 
 
 def endless(weight: np.ndarray) -> np.ndarray:

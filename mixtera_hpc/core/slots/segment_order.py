@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.apportion import BITS, UNIT
 from mixtera_hpc.core.slots.served_counts import ServedCounts
 
-__all__ = ["SegmentOrder", "Slots", "order_slots"]
+__all__ = ["SegmentOrder", "Slots"]
 
 MAX_PIECE = 512
 """Slots in one pass of EDF. A pass is pure Python, so it holds the interpreter's lock: about 0.3 ms."""
@@ -133,12 +133,6 @@ class SegmentOrder:
             orders.append(_earliest_deadline_first(releases[begin:end], priorities[begin:end], range(start, stop)))
         domains = domain[by_priority].astype(np.int32)
         return [domains[order] for order in orders]
-
-
-def order_slots(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
-    """Return the domain of every slot if domain k gets `counts[k]` of the slots; shape (counts.sum(),)."""
-    segment = SegmentOrder(lag, weight, counts)
-    return segment.slots([(0, segment.num_slots)], np.zeros_like(counts))[0].domain
 
 
 def _near_ranges(ranges: Sequence[tuple[int, int]]) -> list[range]:
