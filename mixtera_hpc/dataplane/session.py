@@ -30,11 +30,11 @@ from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
-from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
+from mixtera_hpc.dataplane.steps.flag_exchange import AgreedRequests, FlagExchange
 from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, RecordedPart, unknown_progress_error
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, ReadyAgreement
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
-from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, StepReducer, StepResult
+from mixtera_hpc.dataplane.steps.step_reducer import StepReducer, StepResult
 from mixtera_hpc.dataplane.watchdog.progress import WAIT, RankProgress
 from mixtera_hpc.dataplane.watchdog.watchdog import Watchdog, WatchedRank
 

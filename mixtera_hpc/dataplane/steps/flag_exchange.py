@@ -11,9 +11,48 @@ import numpy as np
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests
-from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests
+from mixtera_hpc.dataplane.steps.step_reducer import StepResult
 
-__all__ = ["FlagExchange"]
+__all__ = ["AgreedRequests", "FlagExchange"]
+
+
+class AgreedRequests:
+    """Requests that any rank received, as all ranks know them from the results of steps.
+
+    Ranks receive results at different times. They ask about the same step, and get the same answer.
+    """
+
+    def __init__(self) -> None:
+        """Begin without requests."""
+        self._first_stop: int | None = None
+        self._saves: set[int] = set()
+
+    def add(self, result: StepResult) -> None:
+        """Take the requests from the result of a step; results arrive in order."""
+        self.add_flags(result.statistics.step, stop=result.stop, save=result.save)
+
+    def add_flags(self, step: int, *, stop: bool, save: bool) -> None:
+        """Take requests that all ranks know to belong to `step`."""
+        # The first request counts; a stop is never withdrawn.
+        if stop and self._first_stop is None:
+            self._first_stop = step
+        if save:
+            self._saves.add(step)
+
+    def interrupt(self, step: int, *, stop: bool, save: bool) -> None:
+        """Take requests that end a wait of all ranks, in place of earlier requests to save."""
+        self._saves.clear()
+        self.add_flags(step, stop=stop, save=save)
+
+    def stop_by(self, step: int) -> bool:
+        """Return whether a stop was requested up to training step `step`."""
+        return self._first_stop is not None and self._first_stop <= step
+
+    def take_save_by(self, step: int) -> bool:
+        """Return whether a save was requested up to `step` and not returned before."""
+        due = {requested for requested in self._saves if requested <= step}
+        self._saves -= due
+        return bool(due)
 
 
 class FlagExchange:

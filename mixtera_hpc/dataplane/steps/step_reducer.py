@@ -30,7 +30,7 @@ from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
 from mixtera_hpc.dataplane.steps.step_scalars import NUM_SCALAR_CHECKS, StepScalars, checks_of, values_per_domain
 
-__all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
+__all__ = ["RankFlags", "StepReducer", "StepResult"]
 
 Ints = NDArray[np.int64]
 
@@ -238,25 +238,32 @@ class StepReducer:
             checks: numbers that show which sequences have scalars (`checks_of`), shape (NUM_SCALAR_CHECKS,). None if
                 this rank recorded no losses, or the run has no scalars.
         """
+        buffer = self._filled_buffer(rows, flags, num_padding, is_partial, checks)
+        # MPI owns both arrays until the request is complete; the entry keeps them alive.
+        result = np.empty_like(buffer)
+        request = self._reductions.Iallreduce(buffer, result)
+        num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum()) if rows is not None else 0
+        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
+
+    def _filled_buffer(
+        self, rows: Ints | None, flags: RankFlags, num_padding: int, is_partial: bool, checks: Ints | None
+    ) -> Ints:
+        """Return what this rank adds to the sums of a step: the stage times, then rows, checks and flags."""
         # One buffer, so that times, losses and flags need a single collective.
         buffer = np.zeros(self._buffer_size, np.int64)
         buffer[self._comm.rank] = pack_times(flags.times)
         has_sequences = num_padding > 0
-        num_values = 0
         if rows is not None:
             buffer[self._comm.size : self._end_of_rows] = rows.reshape(-1)
             has_sequences |= bool(rows[2].any())
-            num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
         if checks is not None:
             buffer[self._end_of_rows : -NUM_FLAGS] = checks
+
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
         vote = self._group_hash if has_sequences else 0
         digest = flags.digest & DIGEST_MASK
         buffer[-NUM_FLAGS:] = flags.stop, flags.save, is_partial, content, num_padding, vote, digest
-        # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        result = np.empty_like(buffer)
-        request = self._reductions.Iallreduce(buffer, result)
-        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
+        return buffer
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -359,42 +366,3 @@ def _digest_of(contents: tuple[str, ...]) -> int:
 
 def _hash_of(group: int) -> int:
     return int.from_bytes(hashlib.blake2b(group.to_bytes(8, "little"), digest_size=4).digest(), "little")
-
-
-class AgreedRequests:
-    """Requests that any rank received, as all ranks know them from the results of steps.
-
-    Ranks receive results at different times. They ask about the same step, and get the same answer.
-    """
-
-    def __init__(self) -> None:
-        """Begin without requests."""
-        self._first_stop: int | None = None
-        self._saves: set[int] = set()
-
-    def add(self, result: StepResult) -> None:
-        """Take the requests from the result of a step; results arrive in order."""
-        self.add_flags(result.statistics.step, stop=result.stop, save=result.save)
-
-    def add_flags(self, step: int, *, stop: bool, save: bool) -> None:
-        """Take requests that all ranks know to belong to `step`."""
-        # The first request counts; a stop is never withdrawn.
-        if stop and self._first_stop is None:
-            self._first_stop = step
-        if save:
-            self._saves.add(step)
-
-    def interrupt(self, step: int, *, stop: bool, save: bool) -> None:
-        """Take requests that end a wait of all ranks, in place of earlier requests to save."""
-        self._saves.clear()
-        self.add_flags(step, stop=stop, save=save)
-
-    def stop_by(self, step: int) -> bool:
-        """Return whether a stop was requested up to training step `step`."""
-        return self._first_stop is not None and self._first_stop <= step
-
-    def take_save_by(self, step: int) -> bool:
-        """Return whether a save was requested up to `step` and not returned before."""
-        due = {requested for requested in self._saves if requested <= step}
-        self._saves -= due
-        return bool(due)
