@@ -33,3 +33,11 @@ def test_rows_with_a_value_that_has_no_pickle_stay_objects() -> None:
     for value in ([memoryview(b"c")], nested):
         rows = [*NESTED, {"text": "c", "meta": value}]
         assert packed(rows) == (rows, None)
+
+
+def test_rows_of_few_large_values_stay_objects() -> None:
+    rows = [{"image": {"bytes": bytes(100_000), "path": f"{number}.jpg"}, "label": number} for number in range(20)]
+    assert packed(rows) == (rows, None)
+    # A long list is many objects for the garbage collector.
+    scores = [{"scores": {"of_tokens": [0.5] * 10_000}}] * 20
+    assert packed(scores).unpack is not None

@@ -1,8 +1,8 @@
 """Rows of blocks as they stay in memory.
 
 JSON stays as bytes of lines, which take a third less memory than objects. Rows with nested values stay as pickles: many
-objects in memory would make Python's garbage collector stop the program for tens of milliseconds now and then. Price:
-about 1 µs per row of 1 kB.
+objects in memory would make Python's garbage collector stop the program for tens of milliseconds now and then. Rows of
+few large values, such as images, stay objects: there are not many of them. Price: about 1 µs per row of 1 kB.
 """
 
 import gc
@@ -15,6 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["PackBlock", "PackedRows", "Unpack", "num_bytes", "packed"]
+
+LARGE_VALUE_BYTES = 8 << 10
+"""Mean bytes of a value above which rows stay objects: a pickle would copy many bytes to save few objects."""
+NUM_SAMPLED = 8
+"""About the number of rows of a block whose values are counted for that."""
 
 Unpack = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -41,6 +46,9 @@ def packed(rows: Sequence[Any]) -> PackedRows:
     if not any(map(gc.is_tracked, rows)):
         return PackedRows(rows, None)
     try:
+        sampled = rows[:: len(rows) // NUM_SAMPLED + 1]
+        if sum(map(num_bytes, sampled)) > LARGE_VALUE_BYTES * sum(map(_num_values, sampled)):
+            return PackedRows(rows, None)
         return PackedRows([pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows], _unpickled)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
         # A value has no pickle: for example a calendar interval of Arrow, or hundreds of lists inside each other.
@@ -61,3 +69,12 @@ def num_bytes(value: Any) -> int:
     if isinstance(value, list):
         return sys.getsizeof(value) + sum(map(num_bytes, value))
     return sys.getsizeof(value)
+
+
+def _num_values(value: Any) -> int:
+    """Return the number of a row's values, with those inside of others."""
+    if isinstance(value, Mapping):
+        return 1 + sum(map(_num_values, value.values()))
+    if isinstance(value, list):
+        return 1 + sum(map(_num_values, value))
+    return 1
