@@ -40,7 +40,7 @@ ReadBlocks = Callable[[NDArray[np.int32]], SampleColumns]
 
 @dataclass(slots=True, kw_only=True)
 class PruningStatistics:
-    """Statistics of how the blocks of a query were decided. Every block is in exactly one of the four block counts."""
+    """Blocks of a query by the way they were decided. Every block is in exactly one of the four block counts."""
 
     pruned_by_histogram: int = 0
     """Blocks without a combo that may match."""

@@ -42,7 +42,7 @@ class Selection:
     overlaps: tuple[tuple[int, int, int], ...]
     """(domain, later domain, samples): samples of the first domain that match the later key as well."""
     pruning: PruningStatistics = field(default_factory=PruningStatistics)
-    """Statistics of how the blocks were decided."""
+    """Blocks by the way they were decided."""
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
         """Return the domain of every sample of `columns`, -1 for none; shape (rows,)."""

@@ -89,7 +89,7 @@ class LaneOrder:
 
     def ordinal(self, domain: int, sequence: int) -> int:
         """Return the number under which a sequence of the stream is served; the inverse of `sequence`."""
-        first, length = (int(value[0]) for value in self._epoch_lanes(domain, np.array([sequence])))
+        first, length = self._lanes_of_one(domain, sequence)
         number = sequence - first
         if not 0 <= number < self.lanes * length:
             return sequence
@@ -117,7 +117,7 @@ class LaneOrder:
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
         """Return the items of the stream that the epoch of `ordinal` serves before it, as ascending ranges."""
         low, _ = self._bounds(domain, np.array([ordinal]))
-        first, length = (int(value[0]) for value in self._epoch_lanes(domain, np.array([ordinal])))
+        first, length = self._lanes_of_one(domain, ordinal)
         stop = self._item(domain, ordinal)
         number = ordinal - first
         if not 0 < number < self.lanes * length:
@@ -198,6 +198,11 @@ class LaneOrder:
         """Return the lanes of the epoch in which each sequence begins."""
         first, count = self.whole_sequences(domain, ordinal)
         return _EpochLanes(first, count // self.lanes)
+
+    def _lanes_of_one(self, domain: int, ordinal: int) -> tuple[int, int]:
+        """Return the first whole sequence of the epoch in which one sequence begins, and the sequences per lane."""
+        epoch = self._epoch_lanes(domain, np.array([ordinal]))
+        return int(epoch.first[0]), int(epoch.lane_length[0])
 
     def _bounds(self, domain: AnyInts | int, ordinal: Ints) -> tuple[Ints, Ints]:
         """Return the first item of each sequence's epoch, or of its part since a drop, and one past the last."""

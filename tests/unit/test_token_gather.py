@@ -24,7 +24,7 @@ from mixtera_hpc.dataplane.reading.stored import document_places, mapped_files, 
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
-from mixtera_hpc.formats.readers.megatron import MegatronReader
+from mixtera_hpc.formats.readers.megatron import MegatronFormat, MegatronReader
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.megatron import write_megatron
@@ -263,6 +263,15 @@ def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Pa
         write_megatron(shard, documents)
         list(plane)
     assert re.search(r"has changed since it was indexed: document \d+ lies elsewhere", str(caught.value))
+
+
+def test_a_shard_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_megatron(path, [[1, 2, 3], [4, 5]])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"a\.bin cannot be mapped: No such device"):
+        MegatronFormat().map_tokens(path, np.array([0]), np.array([0]))
 
 
 def test_samples_of_moved_documents_are_refused(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class _ServedRanges(NamedTuple):
 
     ranges: LaneRanges
     turns: Ints
-    """The turn of the lane of every lane, in [0, L); shape (L,)."""
+    """The turn of every lane, in [0, L); shape (L,)."""
     number: Ints
     """The first served number, counted from the origin of its range; shape (S, R).
 

@@ -80,6 +80,8 @@ class MegatronFormat:
         descriptor = open_shard(path)
         try:
             data = map_descriptor(descriptor)
+        except OSError as error:
+            raise DataError(f"{path} cannot be mapped: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
         finally:
             os.close(descriptor)
         return np.frombuffer(data, dtype, len(data) // dtype.itemsize)

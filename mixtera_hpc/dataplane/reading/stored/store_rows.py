@@ -1,4 +1,4 @@
-"""From documents of an index to the positions of their tokens in token stores.
+"""Positions in token stores of the tokens of an index's documents.
 
 Price: 8 bytes of a memory-mapped file per document that is read.
 """
