@@ -1,7 +1,7 @@
 """For any weights the projection is a mixture within its bounds, and no closer one exists."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -22,8 +22,14 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return weights, low, high + missing / size * 1.001
 
 
+THREE_HEAVY = np.array([1.5e6, 1e-9, 1.5e6, 1.5e6])
+CAPS_THAT_SUM_TO_ONE = np.array([0.33333333333333315, 0.33333333333333337, 0.3333333333333335, 0.33333333333333337])
+"""Three heavy domains reach their caps, which leave less to the light one than the rounding of the sums."""
+
+
 @settings(deadline=None)
 @given(problems())
+@example((THREE_HEAVY, np.zeros(4), CAPS_THAT_SUM_TO_ONE))
 def test_the_result_is_a_mixture_within_its_bounds(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     weights, low, high = problem
     projected = project_to_bounds(weights, low, high)

@@ -122,4 +122,6 @@ def _common_factor(requested: Weights, low: Weights, high: Weights) -> float:
     if not free.any():
         return float(breakpoint_below)
     bound = low[leaves_low > breakpoint_below].sum() + high[meets_high <= breakpoint_below].sum()
-    return float((1.0 - fixed - bound) / requested[free].sum())
+    factor = (1.0 - fixed - bound) / requested[free].sum()
+    # What is left for the free domains may be less than the rounding of the sums; the factor stays on the segment.
+    return float(max(factor, breakpoint_below))
