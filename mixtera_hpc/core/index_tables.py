@@ -66,7 +66,7 @@ class BlockTable:
     first_sample: NDArray[np.int64]
     """Position of the block's first row in the per-sample columns."""
     zones: Mapping[str, Zones]
-    """By name of the number property."""
+    """Name of the number property → its zones."""
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -128,7 +128,7 @@ class SampleColumns:
     were not counted."""
     tokens: NDArray[np.int64]
     numbers: Mapping[str, NDArray[np.float64]]
-    """By name of the number property; null is NaN."""
+    """Name of the number property → its values; null is NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

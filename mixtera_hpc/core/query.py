@@ -42,7 +42,7 @@ class Entries:
     combos: ComboTable
     combo: NDArray[np.integer[Any]]
     low: Mapping[str, NDArray[np.float64]]
-    """By name of the number property; NaN if all values of the entry are null."""
+    """Name of the number property → smallest value of each entry; NaN if all values of the entry are null."""
     high: Mapping[str, NDArray[np.float64]]
     has_null: Mapping[str, NDArray[np.bool_]]
 

@@ -72,7 +72,7 @@ class PlaneTrainer(Trainer):
         self.stopped = False
         """True if a signal or `control/stop` ended the training before `max_steps`; the state is saved."""
         self._statistics: list[DomainStatistics] = []
-        """Of the steps since the last log."""
+        """The statistics of the steps since the last log."""
         self._held_out = _HeldOutDataset(plane, args.per_device_eval_batch_size) if args is not None else None
         if eval_dataset is None and self._held_out is not None and plane.config.query.holdout.fraction > 0:
             eval_dataset = self._held_out

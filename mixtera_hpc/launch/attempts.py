@@ -64,7 +64,7 @@ class JobRecord:
     pid: int | None = None
     """Process id of rank 0; None for a Slurm job."""
     pid_start_ticks: int | None = None
-    """When that process started, in clock ticks since boot. A later process with the same id has another value."""
+    """Start of that process, in clock ticks since boot. A later process with the same id has another value."""
 
     @classmethod
     def slurm(cls, config: Config, job_id: str) -> "JobRecord":

@@ -81,9 +81,9 @@ class _NewestAttempt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SlurmAnswer:
     jobs: Mapping[str, JobInfo]
-    """By job id; jobs that Slurm does not know are absent."""
+    """Job id → facts of the job; jobs that Slurm does not know are absent."""
     problem: str | None = None
-    """Why Slurm could not be queried."""
+    """The reason for which Slurm could not be queried."""
 
 
 def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]:

@@ -63,7 +63,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The reference trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When the reference trainer saves, and how many checkpoints stay."""
+    """Checkpoints of the reference trainer: the steps at which it saves, and the number that stay."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Destinations of metrics in addition to the JSONL files of the run folder."""
     run: RunConfig = field(default_factory=RunConfig)

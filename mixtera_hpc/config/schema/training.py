@@ -58,7 +58,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """When the reference trainer saves, and how many checkpoints stay."""
+    """Checkpoints of the reference trainer: the steps at which it saves, and the number that stay."""
 
     every_steps: int = 0
     """Steps between two checkpoints. With 0 a run saves only at its end and when it is asked to stop."""

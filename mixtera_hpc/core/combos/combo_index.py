@@ -31,7 +31,7 @@ class _CombosByCode:
     """The combos of one property, ordered by code."""
 
     combos: Combos
-    """Those of every code, ascending within a code."""
+    """The combos of every code, ascending within a code."""
     indptr: NDArray[np.int64]
     """Code c has the combos `combos[indptr[c]:indptr[c + 1]]`; shape (num_codes + 1,)."""
     nulls: Combos

@@ -45,7 +45,7 @@ class IndexDescription:
     """The small part of the index, broadcast as JSON."""
 
     fingerprints: list[str]
-    """Of each index that is read, in the order of `index.paths`."""
+    """The fingerprint of each index that is read, in the order of `index.paths`."""
     sample_sources: list[SampleSource]
     """The files that hold the per-sample columns."""
     data_root: str

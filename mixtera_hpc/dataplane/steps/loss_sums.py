@@ -32,7 +32,7 @@ class SequenceSums(NamedTuple):
     quanta: Ints
     """Exact, in units of 2^-38 nats; meaningless where the sum is not finite."""
     nats: Sums
-    """Not exact; NaN or infinite where a token's loss is."""
+    """Sums of losses in nats, not exact; NaN or infinite where a token's loss is."""
 
     @property
     def is_finite(self) -> NDArray[np.bool_]:

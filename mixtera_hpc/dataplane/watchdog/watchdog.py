@@ -93,14 +93,14 @@ class _Stall:
     """Rank → its heartbeat, and when this rank first saw it."""
     states: dict[int, RankState] = field(default_factory=dict)
     report_before: int = 0
-    """When the verdict in the run folder was written before this stall."""
+    """Time at which the verdict in the run folder was written before this stall."""
     culprits: list[RankState] = field(default_factory=list)
     named_at: float | None = None
-    """When this rank knew of the verdict, its own or that of another rank."""
+    """Time at which this rank knew of the verdict, its own or that of another rank."""
     stop_seen_at: float | None = None
     is_judge: bool = False
     observed_from: float | None = None
-    """When this rank began to read the heartbeats of the others."""
+    """Time at which this rank began to read the heartbeats of the others."""
 
 
 class Watchdog:

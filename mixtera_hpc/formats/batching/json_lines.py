@@ -43,7 +43,7 @@ class JsonLines:
     raw_rows: list[Any] | None = None
     """The whole rows, if a parser needs them."""
     bad: tuple[tuple[int, str], ...] = ()
-    """If bad rows are skipped, their positions and problems. `rows` has a blank row for each."""
+    """Positions and problems of bad rows that are skipped. `rows` has a blank row for each."""
 
     @classmethod
     def none(cls) -> "JsonLines":

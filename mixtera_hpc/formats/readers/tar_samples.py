@@ -36,7 +36,7 @@ class TarSample:
     members: dict[str, TarMember] = field(default_factory=dict)
     """Ending → member."""
     problem: str = ""
-    """Why the sample is a bad row; empty if it is not."""
+    """The reason for which the sample is a bad row; empty if it is not."""
 
 
 def group_samples(members: Iterator[TarMember], start: int, path: Path) -> Iterator[TarSample]:

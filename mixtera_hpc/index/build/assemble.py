@@ -54,7 +54,7 @@ class BuildReport:
     blocks: int
     combos: int
     bytes_read: int
-    """Of the shards."""
+    """Bytes read of the shards."""
     index_bytes: int
     """Size of the index."""
     units: int
@@ -102,7 +102,7 @@ class BuildRequest:
     config: Config
     settings: ScanSettings
     began_s: float
-    """When it began, by the monotonic clock."""
+    """Start, in seconds of the monotonic clock."""
 
 
 def assemble_index(

@@ -196,11 +196,11 @@ class _Derivation:
 
     index: PropertyIndex
     new: Mapping[str, NewProperties]
-    """By data set."""
+    """Data set → its new properties."""
     combos: list[Combo | None]
-    """Of the index, by number."""
+    """The combos of the index, by number."""
     began_s: float
-    """When it began, by the monotonic clock."""
+    """Start, in seconds of the monotonic clock."""
 
     def plan(self) -> ScanPlan:
         """Cut the shards that are read into units of their formats, and the blocks of the others into ranges.

@@ -43,7 +43,7 @@ class IndexFacts:
     """Facts that an index stores about its build."""
 
     sets: Mapping[str, DataSetFacts]
-    """By name of the data set; a single unnamed one is called ''."""
+    """Name of the data set → its facts; a single unnamed one is called ''."""
     tokenizer: str | None
     """Fingerprint of the tokenizer that counted the tokens."""
     bad: tuple[BadRows, ...] = ()

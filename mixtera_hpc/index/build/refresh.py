@@ -76,7 +76,7 @@ class _ShardChanges:
     unchanged: list[int]
     """Positions in the index, ascending."""
     touched: dict[int, Shard]
-    """Those of the unchanged shards that have another modification time now: position in the index → shard."""
+    """The unchanged shards that have another modification time: position in the index → shard."""
     added: list[Shard]
     changed: list[Shard]
     deleted: list[str]

@@ -32,7 +32,7 @@ class JoinedIndex(PropertyIndex):
     members: Sequence[SampleSource]
     """The joined indexes, in order."""
     absolute_paths: Sequence[str]
-    """Of all shards."""
+    """Absolute paths of all shards."""
     texts: Sequence[str | None]
     """Place of the document in a row, of all shards."""
     datasets: Sequence[str]

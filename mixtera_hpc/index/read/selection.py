@@ -76,7 +76,7 @@ class SelectionCost:
     """Cost of evaluating a query."""
 
     bytes_read: int
-    """Of sample columns, decompressed."""
+    """Bytes of sample columns, decompressed."""
     parse_s: float
     """Parsing the query and matching the domain keys against the dictionaries."""
     read_s: float

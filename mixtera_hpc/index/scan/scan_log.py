@@ -55,7 +55,7 @@ class RecordHeader(msgspec.Struct):
     last: bool
     """True if it is the last result of its unit."""
     fingerprint: str
-    """Of the shard, if this is its first result."""
+    """Fingerprint of the shard, if this is its first result; else empty."""
     reasons: dict[str, int]
     path_forms: dict[str, list[int]]
     """Dotted path → the forms of it that have values in the unit, up to here."""

@@ -75,13 +75,13 @@ class ScanResult:
     numbers: dict[str, NDArray[np.float64]]
     """Per number property and row; NaN for null."""
     fingerprint: str = ""
-    """Of the shard, if this is its first result."""
+    """Fingerprint of the shard, if this is its first result; else empty."""
     path_forms: dict[str, list[int]] = field(default_factory=dict)
     """Dotted path → the forms of it that have values in the unit, up to here."""
     spooled: SpooledTokens | None = None
     """The place of the token ids, if they are kept."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Why rows cannot be read → how many; 0 for a damaged end, whose rows cannot be counted."""
+    """Reason for which rows cannot be read → their number; 0 for a damaged end, whose rows cannot be counted."""
 
     @property
     def num_rows(self) -> int:

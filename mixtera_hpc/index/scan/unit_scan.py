@@ -65,7 +65,7 @@ class ScanSettings:
     """The settings that all units of a build share."""
 
     sets: Mapping[str, DataSetScan]
-    """By name of the data set; a single unnamed one is called ''."""
+    """Name of the data set → its scan; a single unnamed one is called ''."""
     block_rows: int
     tokenizer: Tokenizer | None
 

@@ -52,7 +52,7 @@ class MegatronData:
         self.plane = plane
         self.form = form
         self.micro_batches: list[dict[str, Tensor]] = []
-        """Of the current step."""
+        """The micro-batches of the current step."""
         self._log = log
         self._log_every = log_every
         self._completed: list[DomainStatistics] = []

@@ -22,7 +22,7 @@ WINDOW = 101
 DEGREE = 3
 """Degree of the polynomial of the filter."""
 KEEP_EVERY = 10
-"""Of so many steps, one is fitted."""
+"""One of this number of steps is fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
