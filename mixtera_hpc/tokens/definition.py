@@ -5,7 +5,6 @@ texts without them; the data plane adds them to every document itself, so that i
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -114,11 +113,11 @@ class TokenizerDefinition:
             return None if model["unk_id"] is None else int(model["unk_id"])
         return self.vocabulary.get(str(model.get("unk_token")))
 
-    def without_special_tokens(self) -> bytes:
-        """Return a `tokenizer.json` that encodes the texts of special tokens like any other text."""
+    def without_special_tokens(self) -> dict[str, Any]:
+        """Return the content of a file that encodes the texts of special tokens like any other text."""
         added = [token for token in self.content.get("added_tokens") or [] if not token.get("special")]
         # The post-processor refers to special tokens, and is never asked for.
-        return json.dumps({**self.content, "added_tokens": added, "post_processor": None}).encode()
+        return {**self.content, "added_tokens": added, "post_processor": None}
 
     @cached_property
     def added(self) -> AddedTokens:
@@ -128,6 +127,45 @@ class TokenizerDefinition:
             ConfigError: the post-processor is of an unknown type.
         """
         return _added_by(self.content.get("post_processor"), self.vocabulary)
+
+    def check_added_ids(self, id_of: Callable[[str], int | None]) -> None:
+        """Raise ConfigError if `id_of`, which is that of a library, gives an added token another id than the file."""
+        for token in self.content.get("added_tokens") or []:
+            text, number = token["content"], id_of(token["content"])
+            if number != token["id"]:
+                raise ConfigError(
+                    f"The tokenizer.json gives the added token {text!r} the id {token['id']}, but Hugging Face's "
+                    f"library encodes it as {number}.\n"
+                    "  In a copy of the file, list added tokens by ascending ids, without gaps after the vocabulary."
+                )
+
+    def added_to_documents(self, eos_id: int | None, *, add_bos: bool | None, add_eos: bool) -> AddedTokens:
+        """Return what is added to every document: what the settings ask for, else what the post-processor adds.
+
+        Raises:
+            ConfigError: no file names the token that begins a document, or the post-processor adds other tokens at its
+                end.
+        """
+        before = self.added.before
+        if add_bos is not None:
+            before = self.bos_ids if add_bos else ()
+        if add_bos and not before:
+            raise ConfigError(
+                "dataplane.add_bos is true, but neither the tokenizer's post-processor nor bos_token in a "
+                "tokenizer_config.json beside it says which token begins a document.\n"
+                "  Name it in tokenizer_config.json, or set dataplane.add_bos=null."
+            )
+
+        after = (eos_id,) if add_eos and eos_id is not None else ()
+        if add_eos and self.added.after and self.added.after != after:
+            names = {number: text for text, number in self.vocabulary.items()}
+            texts = [names.get(number, str(number)) for number in self.added.after]
+            raise ConfigError(
+                f"The tokenizer's post-processor adds {' '.join(texts)} to the end of a text, but the token that ends "
+                f"a document is {names.get(eos_id or 0) if eos_id is not None else 'unknown'}.\n"
+                f"  Set dataplane.eos_token={texts[-1]!r}, or dataplane.add_eos=false to add nothing."
+            )
+        return AddedTokens(before, after)
 
     def eos_id(self, eos_token: str | None) -> int | None:
         """Return the id of the token that ends a document; None if no token is known as such.

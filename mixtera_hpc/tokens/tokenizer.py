@@ -7,8 +7,9 @@ document, and `encode_documents` adds them.
 Price: about 3 to 5 µs per kB of text on one core, with gigatoken.
 """
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.tokens.chat_template import ChatTemplate, ChatText
 from mixtera_hpc.tokens.chat_tokens import encode_chats
 from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, fingerprint, read_definition
+from mixtera_hpc.tokens.gigatoken_support import check_gigatoken_reads
 from mixtera_hpc.tokens.joined_texts import (
     BORDER,
     CannotJoin,
@@ -131,7 +133,7 @@ class _LibraryTokenizer(ABC):
         self._settings = settings
         self.vocab_size = definition.vocab_size
         self.eos_id = definition.eos_id(settings.eos_token)
-        self.added = _tokens_of_every_document(definition, self.eos_id, settings)
+        self.added = definition.added_to_documents(self.eos_id, add_bos=settings.add_bos, add_eos=settings.add_eos)
         self.bos_ids = self.added.before or definition.added.before
         # An index holds counts of tokens: with other settings they would be wrong. `add_eos` changes none of them.
         names = f"{settings.special_tokens_in_text} {self.added.before}".encode()
@@ -205,7 +207,9 @@ class GigatokenTokenizer(_LibraryTokenizer):
     """`Tokenizer` over gigatoken. A call uses one thread and holds the GIL, for 5 ms per megabyte."""
 
     def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings = _DEFAULTS) -> None:
+        """Load a tokenizer; raise ValueError or an error of the library if it would not be encoded exactly."""
         super().__init__(definition, settings)
+        check_gigatoken_reads(self._definition.content, self._content.get("added_tokens") or [])
         bordered = with_border(self._content, self.vocab_size)
         self._encode = _gigatoken_encode(bordered or self._content)
         joined = JoinedTexts(self._encode, self.vocab_size, self.added)
@@ -246,17 +250,17 @@ class GigatokenTokenizer(_LibraryTokenizer):
         return _gigatoken_encode(self._content)
 
     @property
-    def _content(self) -> bytes:
-        """The `tokenizer.json` that the library gets."""
+    def _content(self) -> Mapping[str, Any]:
+        """The content of the `tokenizer.json` that the library gets."""
         is_allowed = self._settings.special_tokens_in_text == "allow"
-        return self._definition.raw if is_allowed else self._definition.without_special_tokens()
+        return self._definition.content if is_allowed else self._definition.without_special_tokens()
 
 
-def _gigatoken_encode(definition: bytes) -> Encode:
+def _gigatoken_encode(content: Mapping[str, Any]) -> Encode:
     """Return gigatoken's function that encodes one text."""
     import gigatoken  # Heavy, and only this tokenizer needs it.
 
-    encode: Encode = gigatoken.Tokenizer.from_json(definition).backend.encode
+    encode: Encode = gigatoken.Tokenizer.from_json(json.dumps(content).encode()).backend.encode
     return encode
 
 
@@ -271,6 +275,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = settings.special_tokens_in_text == "text"
+        self._definition.check_added_ids(self._tokenizer.token_to_id)
         self._check_special_tokens_stay_text()
 
     def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -302,9 +307,9 @@ def load_tokenizer(path: str | Path, settings: EncodingSettings = _DEFAULTS) -> 
     file, definition = read_definition(path)
     try:
         return GigatokenTokenizer(definition, settings)
-    except ConfigError:
-        raise
-    except Exception as first:
+    except BaseException as first:
+        if not _is_refusal(first):
+            raise
         return _load_with_huggingface(definition, settings, file, first)
 
 
@@ -338,19 +343,26 @@ def check_same_encoding(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) ->
 
 
 def _load_with_huggingface(
-    definition: TokenizerDefinition, settings: EncodingSettings, file: Path, first: Exception
+    definition: TokenizerDefinition, settings: EncodingSettings, file: Path, first: BaseException
 ) -> Tokenizer:
     """Load a tokenizer that gigatoken refuses with the error `first`."""
     try:
         return HuggingFaceTokenizer(definition, settings)
-    except ConfigError:
-        raise
-    except Exception as second:
+    except BaseException as second:
+        if not _is_refusal(second):
+            raise
         reason = str(second).strip().splitlines() or [str(first)]
         raise ConfigError(
             f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {reason[0]}.\n"
             "  Give the path of a Hugging Face tokenizer.json, or of the folder that has one."
         ) from None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return True if a library cannot read a file; False for errors of the settings, and for interrupts."""
+    # Rust code that panics raises no Exception.
+    is_panic = type(error).__name__ == "PanicException"
+    return is_panic or (isinstance(error, Exception) and not isinstance(error, ConfigError))
 
 
 def _chat_template(definition: TokenizerDefinition, settings: EncodingSettings) -> ChatTemplate | None:
@@ -363,34 +375,3 @@ def _chat_template(definition: TokenizerDefinition, settings: EncodingSettings) 
         refused=() if allows_special else tuple(definition.special_tokens),
         loss=settings.chat_loss,
     )
-
-
-def _tokens_of_every_document(
-    definition: TokenizerDefinition, eos_id: int | None, settings: EncodingSettings
-) -> AddedTokens:
-    """Return what is added to every document: what the settings ask for, else what the post-processor adds.
-
-    Raises:
-        ConfigError: no file names the token that begins a document, or the post-processor adds other tokens at its end.
-    """
-    own = definition.added
-    before = own.before
-    if settings.add_bos is not None:
-        before = definition.bos_ids if settings.add_bos else ()
-    if settings.add_bos and not before:
-        raise ConfigError(
-            "dataplane.add_bos is true, but neither the tokenizer's post-processor nor bos_token in a "
-            "tokenizer_config.json beside it says which token begins a document.\n"
-            "  Name it in tokenizer_config.json, or set dataplane.add_bos=null."
-        )
-
-    after = (eos_id,) if settings.add_eos and eos_id is not None else ()
-    if settings.add_eos and own.after and own.after != after:
-        names = {number: text for text, number in definition.vocabulary.items()}
-        texts = [names.get(number, str(number)) for number in own.after]
-        raise ConfigError(
-            f"The tokenizer's post-processor adds {' '.join(texts)} to the end of a text, but the token that ends a "
-            f"document is {names.get(eos_id or 0) if eos_id is not None else 'unknown'}.\n"
-            f"  Set dataplane.eos_token={texts[-1]!r}, or dataplane.add_eos=false to add nothing."
-        )
-    return AddedTokens(before, after)
