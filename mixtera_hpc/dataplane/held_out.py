@@ -133,7 +133,7 @@ class HeldOutBatches:
         A negative step never belongs to a batch of the training.
         """
         plan = self._planner.decide(PlannerState.start(self.num_domains), self._weights)
-        maker = BatchMaker(self._source, self._slice, audit=False)
+        maker = BatchMaker(self._source, self._slice, audit=False, compare_every_read=True)
         self._losses.clear()
         try:
             for batch in maker.batches(plan, 0):

@@ -173,7 +173,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
 
 def global_batch_maker(source: Source) -> BatchMaker:
     """Build a maker of whole global batches with digests, and with samples as they are in the data."""
-    return BatchMaker(source, BatchSlice(), audit=True, raw=True)
+    return BatchMaker(source, BatchSlice(), audit=True, raw=True, compare_every_read=True)
 
 
 def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:

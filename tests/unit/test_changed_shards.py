@@ -1,5 +1,10 @@
-"""Data files that change while a run reads them: the run ends, and no changed byte is served before that."""
+"""Data files that change while a run reads them: the run ends.
 
+No changed byte is served before that if every read is compared, as in a training that reads once per second. If reads
+follow each other faster, batches of a short time may hold changed data, and the error says of which time.
+"""
+
+import itertools
 import os
 import re
 import shutil
@@ -7,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +24,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading import batch_maker
-from mixtera_hpc.dataplane.reading.unchanged import shard_guard
+from mixtera_hpc.dataplane.reading import batch_maker, document_reader
+from mixtera_hpc.dataplane.reading.unchanged import comparison_pace, shard_guard
+from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import MAX_PAUSE_S, ComparisonPace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing import writers
@@ -58,6 +65,8 @@ def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read few steps at a time: what was read before a change may be served."""
     monkeypatch.setattr(batch_maker, "SAMPLE_BYTES_PER_READ", 200)
     monkeypatch.setattr(batch_maker, "STORED_TOKENS_PER_READ", 64)
+    # As if a read took longer than the pause after a comparison.
+    monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", 0)
 
 
 def written(kind: str, folder: Path, letter: str = "a") -> list[Path]:
@@ -162,6 +171,48 @@ def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCa
 
     assert not isinstance(served(config, 3, touch)[-1], DataError)
     assert caplog.text.count("another modification time than in the index") == 1
+
+
+@pytest.fixture
+def _slow_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a clock pass one second at every look: a comparison takes a second, and each check that does not compare."""
+    monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", MAX_PAUSE_S)
+    pace = partial(ComparisonPace, clock=partial(next, itertools.count(1.0)))
+    monkeypatch.setattr(document_reader, "ComparisonPace", pace)
+
+
+@pytest.mark.usefixtures("_slow_comparisons")
+def test_between_fast_reads_a_change_ends_the_run_later_and_the_error_says_how_much_later(tmp_path: Path) -> None:
+    (shard,) = written("jsonl", tmp_path / "data")
+    (other,) = written("jsonl", tmp_path / "others", "b")
+    config = configured("jsonl", tmp_path / "data")
+    before = served(config)
+    *batches, error = served(config, 3, partial(in_place, other, shard))
+    assert f"{shard} has changed while the run reads it" in str(error)
+    is_changed = [not equal(*pair) for pair in zip(batches, before, strict=False)]
+    (note,) = error.__notes__
+    assert any(is_changed), "no check was skipped, so this tests nothing"
+    assert re.fullmatch(r"Batches that were served during the last \d+ s may hold changed data\.", note)
+    assert sum(is_changed) <= MAX_PAUSE_S + 1
+
+
+@pytest.mark.usefixtures("_slow_comparisons")
+@pytest.mark.parametrize("where", ["the last chunk", "a read that fails"])
+def test_fast_reads_are_compared_in(where: str, tmp_path: Path) -> None:
+    """A comparison is not left to the next read if there is none, or if it explains an error."""
+    (shard,) = written("jsonl", tmp_path / "data")
+    (other,) = written("jsonl", tmp_path / "others", "b")
+    config = configured("jsonl", tmp_path / "data")
+    if where == "the last chunk":
+        dataplane = replace(config.dataplane, chunk_steps=20)
+        config = replace(config, dataplane=dataplane, training=replace(config.training, num_steps=30))
+        before = served(config)
+        *batches, error = served(config, 20, partial(in_place, other, shard))
+        assert all(map(equal, batches, before)), "changed bytes were served"
+    else:
+        *batches, error = served(config, 3, partial(os.truncate, shard, 100))
+    assert isinstance(error, DataError)
+    assert f"{shard} has changed while the run reads it" in str(error)
 
 
 def test_a_restored_modification_time_hides_no_change(tmp_path: Path) -> None:

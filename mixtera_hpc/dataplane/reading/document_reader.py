@@ -3,7 +3,7 @@
 The documents of several steps and domains are read together, each once, in the order of the disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput, StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import ReadTokens, TokenGather, TokenWriter, empty_tokens
 from mixtera_hpc.dataplane.reading.texts.text_gather import TextGather, row_keys
+from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import ComparisonPace
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
+from mixtera_hpc.errors import DataError
 
 __all__ = ["DocumentReader", "RawSamples", "take"]
 
@@ -86,6 +88,8 @@ class DocumentReader:
         self._rows = RowReader(source, self._guard, streams)
         self._texts = TextGather(source, self._rows)
         self._gather = TokenGather(source, self._guard)
+        self.pace = ComparisonPace()
+        """When files are compared; see `check_unchanged`."""
 
     @property
     def place(self) -> ReadPlace:
@@ -97,7 +101,33 @@ class DocumentReader:
         self._rows.place = place
 
     def check_unchanged(self) -> None:
-        """Raise DataError if a shard that was read, or a token or row store, has changed."""
+        """Compare the files that were read, if `pace` says so; those that were never compared in any case.
+
+        Call it after every read, before its batches are delivered. A call that compares nothing takes 0.2 µs.
+
+        Raises:
+            DataError: a shard that was read, or a token or row store, has changed.
+        """
+        if self.pace.is_due():
+            self.compare()
+        elif self._guard.has_read_new:
+            self._explain(self._guard.check_new)
+
+    def compare(self) -> None:
+        """Compare the files that were read, and all stores; see `check_unchanged`."""
+        self._explain(partial(self.pace.measure, self._compare_all))
+
+    def _explain(self, compare: Callable[[], None]) -> None:
+        """Call `compare`; if it finds a change, say which batches may hold changed data."""
+        try:
+            compare()
+        except DataError as error:
+            # The guard raises its first error again.
+            if not hasattr(error, "__notes__"):
+                error.add_note(self.pace.exposure())
+            raise
+
+    def _compare_all(self) -> None:
         self._guard.check()
         self._rows.formats.check_unchanged()
         self._gather.check_unchanged()

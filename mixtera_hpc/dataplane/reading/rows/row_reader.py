@@ -145,10 +145,11 @@ class RowReader:
             documents = documents_of()
             shards = self._source.blocks.shard[documents.block]
             self._log_another_read(shards, error)
+        # A change explains the error, if the last check compared nothing.
+        self._guard.check()
         # The readers of the shards name the shard that is damaged, as for other rows.
         disk_order = np.lexsort((documents.row, documents.block))
         samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=True)
-        # The bytes were read before the last check, these rows after it.
         self._guard.check()
         return [samples[i] for i in np.argsort(disk_order).tolist()]
 

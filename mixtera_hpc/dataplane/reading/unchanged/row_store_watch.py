@@ -1,8 +1,8 @@
-"""Refuse a row store that is written again while a run reads it, before a row of the new files is served.
+"""Refuse a row store that is written again while a run reads it.
 
 An `index refresh` only adds files: it copies the places of earlier rows and uses new file names. A store that is
-removed and built again may use earlier file names for other content. So after every read of some steps, the header and
-the file of places are compared with those at the start. Price: two `stat` calls per store and read.
+removed and built again may use earlier file names for other content. So the header and the file of places
+are compared with those at the start, when `comparison_pace` says. Price: two `stat` calls per store and comparison.
 """
 
 from pathlib import Path
@@ -70,8 +70,7 @@ class RowStoreWatch:
 
     def _error(self, problem: str) -> DataError:
         return DataError(
-            f"The row store {self._files.folder} has changed while the run reads it: {problem}. No row of the new "
-            "files was served.\n"
+            f"The row store {self._files.folder} has changed while the run reads it: {problem}.\n"
             "  Wait until mixtera-hpc index build has finished, and continue with mixtera-hpc resume; or continue with "
             "data.materialize=never."
         )

@@ -1,11 +1,13 @@
-"""Refuse data files that change while a run reads them, before a sample of the changed file is served.
+"""Refuse data files that change while a run reads them.
 
-After every read of some steps, each file that was read is looked up once and compared with the index: first its size
-and times, and if one of the times is new, its fingerprint (size, first and last MiB). A file with an equal fingerprint
-is accepted with its new times. Because the comparison follows the read, it covers the opening and the read itself.
+After a read of some steps, each file that was read is looked up once and compared with the index: first its size and
+times, and if one of the times is new, its fingerprint (size, first and last MiB). A file with an equal fingerprint is
+accepted with its new times. Because the comparison follows the read, it covers the opening and the read itself. If
+reads follow each other fast, one comparison covers several of them, see `comparison_pace`. But a file is compared at
+once after its first read, where a file that changed before is met.
 Processes of a node share look-ups, see `shard_stamps`.
-Price: one `stat` of 2 to 4 µs per file and read, which the file system's client answers from the memory of the node
-while it holds the attributes of the file; two reads of 1 MiB per process and file whose times have changed.
+Price: one `stat` of 2 to 4 µs per file and comparison, which the file system's client answers from the memory of the
+node while it holds the attributes of the file; two reads of 1 MiB per process and file whose times have changed.
 
 What this cannot see: a change in the middle of a file above 2 MiB whose size and modification time are as before, or
 whose size, first and last MiB are; and writes through a memory mapping, until the kernel updates the file's times.
@@ -85,6 +87,11 @@ class ShardGuard:
         self._states = states
         self._is_used = np.zeros(len(states), np.bool_)
         """Mask of the shards that were read since the last comparison."""
+        self._is_new = np.ones(len(states), np.bool_)
+        """Mask of the shards that were never compared."""
+        self._num_new = len(states)
+        self.has_read_new = False
+        """True if a shard was read that was never compared."""
         self._accepted = np.zeros((len(states), 3), np.int64)
         """Size, modification and change time with which each shard was accepted; 0 before that."""
         self._stamps = stamps
@@ -94,18 +101,29 @@ class ShardGuard:
 
     def use(self, shards: int | NDArray[np.integer[Any]]) -> None:
         """Record that shards are read, given their numbers."""
-        if len(self._is_used):
-            self._is_used[shards] = True
+        if not len(self._is_used):
+            return
+        self._is_used[shards] = True
+        if self._num_new and not self.has_read_new:
+            self.has_read_new = bool(self._is_new[shards].any())
 
     def check(self) -> None:
-        """Compare the shards that were read since the last call.
+        """Compare the shards that were read since they were compared last.
 
         Raises:
             DataError: one of them has changed. Every later call raises the same: what was read of it may be in memory.
         """
+        self._compare(self._is_used)
+
+    def check_new(self) -> None:
+        """Compare the shards that were read and never compared; raise as `check` does."""
+        self._compare(self._is_used & self._is_new)
+
+    def _compare(self, is_chosen: NDArray[np.bool_]) -> None:
+        """Compare the chosen shards."""
         if self._problem is not None:
             raise self._problem
-        used = np.flatnonzero(self._is_used)
+        used = np.flatnonzero(is_chosen)
         if not len(used):
             return
         try:
@@ -115,8 +133,14 @@ class ShardGuard:
                 self._look_up_together(used, self._stamps)
         except DataError as error:
             self._problem = error
+            # Makes every later check compare, and raise.
+            self.has_read_new = True
             raise
         self._is_used[used] = False
+        if self.has_read_new:
+            self.has_read_new = False
+            self._is_new[used] = False
+            self._num_new = int(np.count_nonzero(self._is_new))
 
     def _look_up(self, used: NDArray[np.intp]) -> None:
         """Look up every shard."""
@@ -202,7 +226,7 @@ def _size_and_times(status: os.stat_result) -> tuple[int, int, int]:
 def _changed_error(path: str, problem: str) -> DataError:
     return DataError(
         f"{path} has changed while the run reads it: {problem}. Data files must stay as they were indexed until a run "
-        "ends. No sample of the changed file was served.\n"
+        "ends.\n"
         "  Restore the file and continue with mixtera-hpc resume; or update the index with mixtera-hpc index refresh, "
         "and start a new run."
     )

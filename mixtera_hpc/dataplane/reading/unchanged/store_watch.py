@@ -1,8 +1,8 @@
-"""Refuse a token store that is written again while a run reads it, before a token of the new files is served.
+"""Refuse a token store that is written again while a run reads it.
 
 `mixtera-hpc tokenize` removes the header of a store before it writes the store as a whole, and an `index refresh` only
-appends. So after every read of some steps, the header and the size of the tokens are compared with those at the start.
-Price: two `stat` calls per store and read.
+appends. So the header and the size of the tokens are compared with those at the start, when `comparison_pace` says.
+Price: two `stat` calls per store and comparison.
 
 It does not detect token ids that another program changes in place if the file keeps its modification time.
 """
@@ -69,8 +69,7 @@ class StoreWatch:
 
     def _error(self, problem: str) -> DataError:
         return DataError(
-            f"The token store {self._files.folder} has changed while the run reads it: {problem}. No token of the new "
-            "files was served.\n"
+            f"The token store {self._files.folder} has changed while the run reads it: {problem}.\n"
             "  Wait until mixtera-hpc tokenize has finished, and continue with mixtera-hpc resume; or continue with "
             "data.tokens=off."
         )
