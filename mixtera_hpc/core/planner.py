@@ -247,7 +247,7 @@ class Planner:
     def slots(self, plan: ChunkPlan) -> Slots:
         """Expand `plan` to its n sequences, in O(n log K) time. A rank that needs a part of them uses `order`."""
         order = self.order(plan)
-        return order.slots([(0, order.num_slots)])[0]
+        return order.slots([(0, order.num_slots)]).together
 
     def segment_counts(self, plan: ChunkPlan) -> list[Ints]:
         """Return the sequences of every domain in each segment of `plan`; shape (K,) each.

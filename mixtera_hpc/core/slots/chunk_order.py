@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.slots.segment_order import SegmentOrder, Slots
+from mixtera_hpc.core.slots.segment_order import SegmentOrder
+from mixtera_hpc.core.slots.step_slots import StepSlots, joined_slots
 
 __all__ = ["ChunkOrder"]
 
@@ -54,28 +56,21 @@ class ChunkOrder:
             counts[inside] += self.segments[segment].counts_before(slots[inside] - self.starts[segment])
         return counts
 
-    def slots(self, ranges: Sequence[tuple[int, int]]) -> list[Slots]:
-        """Return the sequences of the slots [first, stop) for each of `ranges`, which ascend and do not overlap.
+    def slots(self, ranges: Sequence[tuple[int, int]]) -> StepSlots:
+        """Return the sequences of the slots [first, stop) of each of `ranges`, such as a rank's positions in steps.
 
         A range that exceeds the chunk is cut there.
+
+        Args:
+            ranges: ascending, not overlapping.
         """
-        parts: list[list[Slots]] = [[] for _ in ranges]
+        parts = []
         for number, segment in enumerate(self.segments):
             start = int(self.starts[number])
             stop = int(self.starts[number + 1])
-            inside = [i for i, (first, last) in enumerate(ranges) if max(first, start) < min(last, stop)]
-            if not inside:
-                continue
-            local = [(max(ranges[i][0], start) - start, min(ranges[i][1], stop) - start) for i in inside]
-            for i, slots in zip(inside, segment.slots(local, self.cursors + self.counts[number]), strict=True):
-                parts[i].append(slots)
-        return [_join(of_range) for of_range in parts]
-
-
-def _join(parts: list[Slots]) -> Slots:
-    if len(parts) == 1:
-        return parts[0]
-    return Slots(
-        domain=np.concatenate([np.zeros(0, np.int32), *(part.domain for part in parts)]),
-        ordinal=np.concatenate([np.zeros(0, np.int64), *(part.ordinal for part in parts)]),
-    )
+            inside = [(max(first, start) - start, min(last, stop) - start) for first, last in ranges]
+            inside = [(first, last) for first, last in inside if first < last]
+            if inside:
+                parts.append(segment.slots(inside, self.cursors + self.counts[number]))
+        sizes = (max(min(last, self.num_slots) - first, 0) for first, last in ranges)
+        return StepSlots(joined_slots(parts), list(accumulate(sizes, initial=0)))

@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,14 @@ class Slots:
         return Slots(domain=self.domain[chosen], ordinal=self.ordinal[chosen], sequence=sequence)
 
 
+class _Served(NamedTuple):
+    """Sequences in the order in which they are served; shape (n,) each."""
+
+    domain: NDArray[np.int32]
+    number: Ints
+    """Position among the sequences of the domain, counted from the start of the segment."""
+
+
 class SegmentOrder:
     """EDF over consecutive slots with constant weights."""
 
@@ -63,76 +72,83 @@ class SegmentOrder:
         """Return how many sequences of each domain are served before each of `slots`; shape (len(slots), K)."""
         return self._served.before(slots)
 
-    def slots(self, ranges: Sequence[tuple[int, int]], cursors: Ints) -> list[Slots]:
-        """Return the sequences of the slots [first, stop) for each of `ranges`, which ascend and do not overlap.
+    def slots(self, ranges: Sequence[tuple[int, int]], cursors: Ints) -> Slots:
+        """Return the sequences of the slots [first, stop) of `ranges`, one after the other.
 
         Args:
+            ranges: ascending, not overlapping.
             cursors: position in each domain's stream at the first slot of the segment; shape (K,).
         """
         groups = _near_ranges(ranges)
         spans = np.array([(ranges[group.start][0], ranges[group.stop - 1][1]) for group in groups], np.int64)
-        before = self.counts_before(spans[:, 0])
-        orders = self._run(spans, before)
+        served = self._run(spans, self.counts_before(spans[:, 0]))
+        ordinal = cursors.take(served.domain)
+        ordinal += served.number
+        slots = Slots(domain=served.domain, ordinal=ordinal)
+        if sum(stop - first for first, stop in ranges) == len(ordinal):
+            return slots
 
-        parts = []
-        for group, (begin, _), counts, domain in zip(groups, spans.tolist(), before, orders, strict=True):
-            ordinal = (cursors + counts)[domain] + _running_count(domain)
-            for number in group:
-                own = slice(ranges[number][0] - begin, ranges[number][1] - begin)
-                parts.append(Slots(domain=domain[own], ordinal=ordinal[own]))
-        return parts
+        # Leave out the slots between ranges.
+        is_wanted = np.zeros(len(ordinal), np.bool_)
+        before = 0
+        for group, (begin, end) in zip(groups, spans.tolist(), strict=True):
+            for first, stop in ranges[group.start : group.stop]:
+                is_wanted[before + first - begin : before + stop - begin] = True
+            before += end - begin
+        return slots.select(np.flatnonzero(is_wanted))
 
-    def _run(self, spans: Ints, before: Ints) -> list[NDArray[np.int32]]:
-        """Return the domain of every slot of each span, given the counts before it."""
-        orders: list[NDArray[np.int32]] = []
+    def _run(self, spans: Ints, before: Ints) -> _Served:
+        """Return what the slots of each span serve, given the counts before it; shape (num_spans, K)."""
         # Short spans are served together, so that numpy works on long arrays. A long one is served in pieces.
         total = (spans[:, 1] - spans[:, 0]).cumsum()
+        if total[-1] <= MAX_PIECE:
+            return self._serve(spans, before)
+        parts: list[_Served] = []
         borders = np.flatnonzero(np.diff(total // MAX_PIECE)) + 1
         for together, counts in zip(np.split(spans, borders), np.split(before, borders), strict=True):
             begin, end = together[0].tolist()
             if len(together) > 1 or end - begin <= MAX_PIECE:
-                orders += self._serve(together, counts)
+                parts.append(self._serve(together, counts))
                 continue
-            pieces = []
             for first in range(begin, end, MAX_PIECE):
-                piece = self._serve(np.array([[first, min(first + MAX_PIECE, end)]]), counts)[0]
-                counts = counts + np.bincount(piece, minlength=counts.shape[1])
-                pieces.append(piece)
-            orders.append(np.concatenate(pieces))
-        return orders
+                piece = self._serve(np.array([[first, min(first + MAX_PIECE, end)]]), counts)
+                counts = counts + np.bincount(piece.domain, minlength=counts.shape[1])
+                parts.append(piece)
+        return _Served._make(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
-    def _serve(self, spans: Ints, served: Ints) -> list[NDArray[np.int32]]:
-        """Return the domain of every slot of each span, given the counts before it; shape (num_spans, K)."""
+    def _serve(self, spans: Ints, served: Ints) -> _Served:
+        """Return what the slots of each span serve, given the counts before it; shape (num_spans, K)."""
         num_domains = len(self._lag)
         stops = spans[:, 1, None]
-        share_ceiling: Ints = self._lag + self._rate * stops + (UNIT - 1)
-        released = share_ceiling >> BITS
+        released = (self._lag + self._rate * stops + (UNIT - 1)) >> BITS
         released = np.minimum(np.maximum(released, 0), self.counts)
-        waiting = (np.where(stops == self.num_slots, self.counts, released) - served).ravel()
+        num_waiting = np.where(stops == self.num_slots, self.counts, released) - served
+        borders = [0, *num_waiting.sum(axis=1).cumsum().tolist()]
+        waiting = num_waiting.ravel()
 
         # One entry per sequence that is released before the end of its span: by span, domain and number.
         cell = np.arange(len(waiting)).repeat(waiting)
         nth = np.arange(len(cell)) - (waiting.cumsum() - waiting - served.ravel()).repeat(waiting)
-        span = cell // num_domains
+        # A single span is one number for all entries.
+        span = cell // num_domains if len(spans) > 1 else np.zeros(1, np.int64)
         domain = cell - span * num_domains
-        rate = self._rate[domain]
-        share = nth * UNIT - self._lag[domain]
-        first = spans[span, 0]
-        release = np.minimum(np.maximum(share // rate, first), spans[span, 1] - 1)
+        rate = self._rate.take(domain)
+        share = nth * UNIT - self._lag.take(domain)
+        release = np.minimum(np.maximum(share // rate, spans[:, 0].take(span)), spans[:, 1].take(span) - 1)
         deadline = np.minimum(np.maximum(-(-(share + UNIT) // rate), 1), self.num_slots)
 
-        by_priority = (span * (self.num_slots + 1) + deadline).argsort(kind="stable")
-        span = span[by_priority]
-        release = release[by_priority]
-        by_release = (span * (self.num_slots + 1) + release).argsort(kind="stable")
-        releases = release[by_release].tolist()
+        # Sorted inside of each span, so that the span of each entry remains.
+        before_span = span * (self.num_slots + 1)
+        by_priority = (before_span + deadline).argsort(kind="stable")
+        release = release.take(by_priority)
+        by_release = (before_span + release).argsort(kind="stable")
+        releases = release.take(by_release).tolist()
         priorities = by_release.tolist()
-        borders = np.searchsorted(span, np.arange(len(spans) + 1)).tolist()
-        orders = []
+        order: list[int] = []
         for (begin, end), (start, stop) in zip(pairwise(borders), spans.tolist(), strict=True):
-            orders.append(_earliest_deadline_first(releases[begin:end], priorities[begin:end], range(start, stop)))
-        domains = domain[by_priority].astype(np.int32)
-        return [domains[order] for order in orders]
+            order += _earliest_deadline_first(releases[begin:end], priorities[begin:end], range(start, stop))
+        chosen = by_priority.take(order)
+        return _Served(domain.take(chosen).astype(np.int32), nth.take(chosen))
 
 
 def _near_ranges(ranges: Sequence[tuple[int, int]]) -> list[range]:
@@ -149,24 +165,15 @@ def _earliest_deadline_first(release: list[int], priority: list[int], slots: ran
         priority: rank of each sequence by deadline.
         slots: each of them has a sequence waiting.
     """
+    heappush = heapq.heappush
+    heappop = heapq.heappop
     waiting: list[int] = []
     served: list[int] = []
-    num_released = 0
-    total = len(release)
+    released = 0
+    releases = [*release, slots.stop]
     for slot in slots:
-        while num_released < total and release[num_released] <= slot:
-            heapq.heappush(waiting, priority[num_released])
-            num_released += 1
-        served.append(heapq.heappop(waiting))
+        while releases[released] <= slot:
+            heappush(waiting, priority[released])
+            released += 1
+        served.append(heappop(waiting))
     return served
-
-
-def _running_count(domain: NDArray[np.int32]) -> Ints:
-    """Return how often the value of each entry occurs before that entry; shape of `domain`."""
-    # A stable sort groups equal values. The count is the position inside the group.
-    by_domain = np.argsort(domain, kind="stable")
-    counts = np.bincount(domain)
-    group_start = np.repeat(np.cumsum(counts) - counts, counts)
-    running = np.empty(len(domain), np.int64)
-    running[by_domain] = np.arange(len(domain)) - group_start
-    return running

@@ -99,6 +99,8 @@ class ServedCounts:
 
     def before(self, slots: Ints) -> Ints:
         """Return how many sequences of each domain are served before each of `slots`; shape (len(slots), K)."""
+        if not slots.any():
+            return np.zeros((len(slots), len(self.lag)), np.int64)
         remainder = self.rate * slots[:, None]
         remainder += self.lag
         due = remainder >> BITS

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtera_hpc.core.slots.segment_order import Slots
 
-__all__ = ["StepSlots"]
+__all__ = ["StepSlots", "joined_slots"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,20 @@ class StepSlots:
     @classmethod
     def of_steps(cls, steps: Sequence[Slots]) -> "StepSlots":
         """Join the sequences of some steps. The result has `Slots.sequence` only if all of them have it."""
-        sequence = [slots.sequence for slots in steps if slots.sequence is not None]
-        together = Slots(
-            domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
-            ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
-            sequence=np.concatenate([np.zeros(0, np.int64), *sequence]) if len(sequence) == len(steps) else None,
-        )
-        return cls(together, list(accumulate((len(slots.domain) for slots in steps), initial=0)))
+        return cls(joined_slots(steps), list(accumulate((len(slots.domain) for slots in steps), initial=0)))
 
     def steps(self) -> list[Slots]:
         """Return the sequences of each step."""
         return [self.together.select(slice(begin, end)) for begin, end in pairwise(self.borders)]
+
+
+def joined_slots(parts: Sequence[Slots]) -> Slots:
+    """Return the sequences of all parts, in order. The result has `Slots.sequence` only if all of them have it."""
+    if len(parts) == 1:
+        return parts[0]
+    sequence = [slots.sequence for slots in parts if slots.sequence is not None]
+    return Slots(
+        domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in parts)]),
+        ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in parts)]),
+        sequence=np.concatenate([np.zeros(0, np.int64), *sequence]) if len(sequence) == len(parts) else None,
+    )

@@ -51,8 +51,7 @@ def planned_slots(
     if source.lanes.lanes == 1:
         # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
         ranges = [(begin + own.start, begin + own.stop) for begin, own in zip(begins, positions, strict=True)]
-        slots = order.slots(ranges)
-        return StepSlots.of_steps(slots)
+        return order.slots(ranges)
     counts = order.cursors + order.counts_before(np.array(borders, np.int64))
     return source.lanes.positions(counts[: len(steps)], counts[-len(steps) :], positions)
 
