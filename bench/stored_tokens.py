@@ -98,17 +98,18 @@ def measure(scratch: Path) -> dict[str, list[float]]:
 
 def make_corpus(num_shards: int) -> Path:
     """Return a folder with the documents in `num_shards` shards; write it unless it exists."""
-    return make_once(FOLDER / f"tokens-{num_shards}", functools.partial(_write_corpus, num_shards // len(SHARES)))
+    return make_once(FOLDER / f"tokens-{num_shards}", functools.partial(write_corpus, num_shards // len(SHARES)))
 
 
-def _write_corpus(shards_per_domain: int, folder: Path) -> None:
+def write_corpus(shards_per_domain: int, folder: Path, num_documents: int = NUM_DOCUMENTS) -> None:
+    """Write the token files of all domains."""
     random = np.random.Generator(np.random.Philox(0))
     # A log-normal variable has the mean exp(mu + sigma² / 2).
     mu = np.log(MEAN_TOKENS) - LOG_SIGMA**2 / 2
     for name, share in SHARES.items():
         (folder / name).mkdir(exist_ok=True)
         for number in range(shards_per_domain):
-            count = int(NUM_DOCUMENTS * share / shards_per_domain)
+            count = int(num_documents * share / shards_per_domain)
             lengths = np.clip(random.lognormal(mu, LOG_SIGMA, count), 5, 20_000).astype(np.int64)
             ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16)
             ends = np.cumsum(lengths)
@@ -119,21 +120,23 @@ def _write_corpus(shards_per_domain: int, folder: Path) -> None:
 
 def run_config(root: Path, index: Path) -> Config:
     """Return the configuration of a run over a corpus."""
-    return compose(
-        [
-            f"data.root={root}",
-            f"index.path={index}",
-            "data.properties.source=__parent__",
-            "mixture=natural",
-            "mixture.group_by=[source]",
-            f"dataplane.vocab_size={VOCAB_SIZE}",
-            "dataplane.eos_id=0",
-            f"dataplane.seq_len={SEQ_LEN}",
-            f"dataplane.global_batch_size={BATCH}",
-            # Read in this process, whose CPU time is measured.
-            "dataplane.workers=0",
-        ]
-    )
+    sizes = [f"dataplane.seq_len={SEQ_LEN}", f"dataplane.global_batch_size={BATCH}"]
+    return compose([*token_settings(root, index), *sizes])
+
+
+def token_settings(root: Path, index: Path) -> list[str]:
+    """Return the overrides of a corpus, without the size of batches."""
+    return [
+        f"data.root={root}",
+        f"index.path={index}",
+        "data.properties.source=__parent__",
+        "mixture=natural",
+        "mixture.group_by=[source]",
+        f"dataplane.vocab_size={VOCAB_SIZE}",
+        "dataplane.eos_id=0",
+        # Read in this process, whose CPU time is measured.
+        "dataplane.workers=0",
+    ]
 
 
 class Served:

@@ -1,6 +1,7 @@
 """Decoded blocks in memory that processes share: each is decoded once, and no process gets other bytes."""
 
 import gc
+import mmap
 import os
 import signal
 import subprocess
@@ -70,6 +71,25 @@ def test_a_block_is_decoded_by_one_reader(memory: int) -> None:
         assert first.lines(number) == first.expected(number)
         assert second.lines(number, np.array([0, 2])) == [first.expected(number)[i] for i in (0, 2)]
     assert (first.num_decoded, second.num_decoded) == (5, 0)
+
+
+def test_a_reader_that_does_not_wait_goes_on(memory: int) -> None:
+    first = SharedBlocks(memory)
+    second = SharedBlocks(memory)
+    results: list[bytes | None] = []
+
+    def take(own: mmap.mmap, begin: int, end: int) -> bytes:
+        return own[begin:end]
+
+    def decode() -> tuple[list[bytes], bytes]:
+        # While the first reader decodes the block, the second one gets another block, but not this one.
+        for offset in (0, 1):
+            results.append(second.read_unless_busy("shard", offset, take, lambda: ([b"other"], b"other")))
+        return [b"own"], b"own"
+
+    assert first.read_unless_busy("shard", 0, take, decode) == b"own"
+    assert results == [None, b"other"]
+    assert second.read_unless_busy("shard", 0, take, decode) == b"own"
 
 
 def test_new_blocks_take_the_place_of_the_oldest_ones(memory: int) -> None:

@@ -23,6 +23,7 @@ from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples, Rea
 from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import NOT_IN_MEMORY, EpochOrders
 from mixtera_hpc.dataplane.reading.lookup.repeated_epochs import RepeatedEpochs
+from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.lookup.window_builder import build_windows
 from mixtera_hpc.dataplane.reading.lookup.window_table import StreamWindow, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
@@ -148,6 +149,7 @@ class DomainStreams:
         domain_of: Callable[[SampleColumns], NDArray[np.int32]],
         is_not_dropped: Callable[[SampleColumns], NDArray[np.bool_]] | None = None,
         served: Mapping[int, ServedPart] | None = None,
+        shared: SharedWindows | None = None,
     ) -> None:
         """Use `Source.streams`.
 
@@ -157,8 +159,10 @@ class DomainStreams:
             domain_of: returns the domain of each sample. With the layout's seed it decides the order of the stream.
             is_not_dropped: returns which samples the streams still contain. The order of the others does not change.
             served: domain → the part of an epoch that its stream begins with after a drop; see `ServedPart`.
+            shared: windows that other processes of the node have built; None if this one builds all.
         """
         self._layout = layout
+        self._shared = shared
         self._served = served or {}
         self._served_domains = np.array(sorted(self._served), np.int64)
         self._epoch_items = layout.epoch_items()
@@ -318,8 +322,9 @@ class DomainStreams:
         if (window < 0).any():
             missing = self._orders.missing(spans)
             first = len(self._windows)
-            build_windows(self._layout, self._samples, self._orders.window_keys(missing), self._windows)
-            self._orders.window[missing] = np.arange(first, len(self._windows))
+            keys = self._orders.window_keys(missing)
+            order = build_windows(self._layout, self._samples, keys, self._windows, self._shared)
+            self._orders.window[missing[order]] = np.arange(first, len(self._windows))
             self._windows.use(self._orders.window[missing], self._num_lookups)
             window = self._orders.window[spans.cell]
         self._windows.use(window, self._num_lookups)

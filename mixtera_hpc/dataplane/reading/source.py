@@ -30,9 +30,10 @@ from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, Mix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
+from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
-from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE, BlockMemory, share_blocks
+from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE, BlockMemory, share_blocks, share_windows
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.table_memory import TableMemory, share_tables
 from mixtera_hpc.dataplane.reading.shared_index import (
@@ -83,6 +84,8 @@ class Source:
     """Shared memory with `tables`, for other processes; None if they get a copy."""
     block_memory: BlockMemory | None = None
     """Shared memory for decoded blocks; None if every process decodes for itself."""
+    window_memory: BlockMemory | None = None
+    """Shared memory for built windows; None if every process builds its own."""
     shard_stamps: ShardStamps | None = None
     """Look-ups of shards by the processes of this node; None if every process makes its own."""
 
@@ -95,8 +98,7 @@ class Source:
             self.tables.pack() if self.table_memory is None else self.table_memory,
             self.stream_version,
             self.readers_per_node,
-            self.block_memory,
-            self.shard_stamps,
+            {"block_memory": self.block_memory, "window_memory": self.window_memory, "shard_stamps": self.shard_stamps},
         )
 
     @property
@@ -231,6 +233,7 @@ class Source:
             self.domain_of,
             None if self.drop_filter is None else self.is_not_dropped,
             self.stream_version.served,
+            None if self.window_memory is None else SharedWindows(self.window_memory.fd, self.index.where_after_drops),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -273,6 +276,7 @@ def open_source(
         readers_per_node=readers,
         table_memory=share_tables(comm, tables.pack()) if has_processes else None,
         block_memory=share_blocks(comm, config, description.shard_formats, readers) if check else None,
+        window_memory=share_windows(comm, readers) if check else None,
         shard_stamps=share_stamps(comm, len(description.shard_paths), readers) if check else None,
     )
     if subset.split == "train":
@@ -298,15 +302,12 @@ def _rebuild_source(
     arrays: list[NDArray[Any]],
     version: StreamVersion,
     readers_per_node: int,
-    block_memory: BlockMemory | None,
-    stamps: ShardStamps | None,
+    memories: dict[str, Any],
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
     source = _make_source(config, index, subset, tables, load_vocabulary(config.dataplane))
-    return replace(
-        source.at_version(version), readers_per_node=readers_per_node, block_memory=block_memory, shard_stamps=stamps
-    )
+    return replace(source.at_version(version), readers_per_node=readers_per_node, **memories)
 
 
 def _make_source(

@@ -121,13 +121,37 @@ class SharedBlocks:
             decode: decodes the block and returns the bytes to share, and the part. Usually one process of the node
                 calls it.
         """
+        return self._read(name, offset, take, decode, can_wait=True)
+
+    def read_unless_busy(
+        self,
+        name: str,
+        offset: int,
+        take: Callable[[mmap.mmap, int, int], T],
+        decode: Callable[[], tuple[Sequence[Buffer], T]],
+    ) -> T | None:
+        """Do as `read` does, but return None if another process is decoding the block."""
+        try:
+            return self._read(name, offset, take, decode, can_wait=False)
+        except _BusyError:
+            return None
+
+    def _read(
+        self,
+        name: str,
+        offset: int,
+        take: Callable[[mmap.mmap, int, int], T],
+        decode: Callable[[], tuple[Sequence[Buffer], T]],
+        *,
+        can_wait: bool,
+    ) -> T:
         digest = blake2b(f"{offset} {name}".encode(), digest_size=16).digest()
         key, check = (int(value) for value in np.frombuffer(digest, np.int64) & (_MAX_KEY - 1))
         try:
             part = self._find(key, check, take)
             if part is not None:
                 return part
-            with self._lock(1 + key):
+            with self._lock(1 + key, can_wait=can_wait):
                 # Another process may have decoded it meanwhile.
                 part = self._find(key, check, take)
                 if part is not None:
@@ -219,19 +243,20 @@ class SharedBlocks:
         return self._first_byte + start % self._ring_bytes
 
     @contextmanager
-    def _lock(self, byte: int, *, is_shared: bool = False) -> Iterator[None]:
+    def _lock(self, byte: int, *, is_shared: bool = False, can_wait: bool = True) -> Iterator[None]:
         """Hold the lock of a byte; the kernel releases it when the process ends.
 
         Raises:
             _OverdueError: another process has held it for too long.
+            _BusyError: another process holds it, and this one does not wait.
         """
-        self._acquire(byte, fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK)
+        self._acquire(byte, fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK, can_wait=can_wait)
         try:
             yield
         finally:
             self._control(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
-    def _acquire(self, byte: int, kind: int) -> None:
+    def _acquire(self, byte: int, kind: int, *, can_wait: bool) -> None:
         """Lock a byte. Try repeatedly instead of blocking, because a process that is stopped keeps its locks."""
         is_overdue = not self._is_usable or byte in self._overdue
         deadline = time.monotonic() + (0 if is_overdue else self._patience_s)
@@ -241,14 +266,16 @@ class SharedBlocks:
                 self._control(fcntl.F_OFD_SETLK, kind, byte)
                 return
             except (BlockingIOError, PermissionError):
+                if not can_wait and not is_overdue:
+                    raise _BusyError from None
                 if time.monotonic() >= deadline:
                     break
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
         if not is_overdue:
             logger.warning(
-                "Another process of this node has used a shared block for %.0f s: it is stopped or very slow. "
-                "This process decodes what it needs itself.",
+                "Another process of this node has used shared memory for %.0f s: it is stopped or very slow. "
+                "This process makes what it needs itself.",
                 self._patience_s,
             )
         self._overdue.add(byte)
@@ -262,6 +289,10 @@ class SharedBlocks:
 
 class _OverdueError(Exception):
     """Raised when another process holds a lock for too long."""
+
+
+class _BusyError(Exception):
+    """Raised instead of waiting for a lock."""
 
 
 def _lines_in(memory: mmap.mmap, first: int, rows: Ints) -> list[bytes]:

@@ -4,7 +4,6 @@ Price: about 20 µs per window and 0.1 µs per document, whatever the number of 
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples
 from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
+from mixtera_hpc.dataplane.reading.lookup.shared_windows import MIN_SHARED_ROWS, SharedWindows
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowDocuments, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.errors import DataError
@@ -29,18 +29,50 @@ def build_windows(
     samples: BlockSamples,
     windows: Sequence[tuple[WindowKey, EpochOrder]],
     table: WindowTable,
-) -> None:
-    """Append windows to `table`.
+    shared: SharedWindows | None = None,
+) -> NDArray[np.intp]:
+    """Append windows to `table`, and return the order in which they were appended; shape (len(windows),).
+
+    Args:
+        layout: sizes and order of the streams.
+        samples: the samples of blocks.
+        windows: identity of each window, and the order of its epoch.
+        table: the windows in memory.
+        shared: the large windows that the processes of the node have built; None to build all.
 
     Raises:
         DataError: the samples of a block do not add up to what the index counted for it.
     """
-    blocks = [layout.table.block[layout.entries(key.domain)][order.blocks_of(key.number)] for key, order in windows]
-    lengths = np.array([len(of_window) for of_window in blocks])
-    num_samples = np.cumsum(layout.blocks.rows[np.concatenate(blocks)], dtype=np.int64)[np.cumsum(lengths) - 1]
-    borders = np.flatnonzero(np.diff(num_samples // SAMPLES_AT_ONCE)) + 1
-    for first, last in pairwise([0, *borders.tolist(), len(blocks)]):
-        _build(layout, samples, windows[first:last], blocks[first:last], table)
+    entries = [layout.entries(key.domain).start + order.blocks_of(key.number) for key, order in windows]
+    is_large = np.zeros(len(windows), np.bool_)
+    if shared is not None:
+        num_rows = [int(layout.table.rows[of_window].sum(dtype=np.int64)) for of_window in entries]
+        is_large = np.array(num_rows) >= MIN_SHARED_ROWS
+    blocks = [layout.table.block[of_window] for of_window in entries]
+
+    own = np.flatnonzero(~is_large)
+    num_samples = [int(layout.blocks.rows[blocks[window]].sum(dtype=np.int64)) for window in own.tolist()]
+    part = np.cumsum(num_samples, dtype=np.int64) // SAMPLES_AT_ONCE
+    for together in np.split(own, np.flatnonzero(np.diff(part)) + 1):
+        if len(together):
+            chosen = together.tolist()
+            keys = [windows[window] for window in chosen]
+            built = _build(layout, samples, keys, [blocks[window] for window in chosen])
+            table.append([key for key, _ in keys], *built)
+    if shared is None or not is_large.any():
+        return own
+
+    def build_one(position: int) -> WindowDocuments:
+        window = int(large[position])
+        return _build(layout, samples, [windows[window]], [blocks[window]])[1]
+
+    large = np.flatnonzero(is_large)
+    order = [own]
+    keys_of_large = [windows[window][0] for window in large.tolist()]
+    for position, documents in shared.build(keys_of_large, table, build_one):
+        table.append([keys_of_large[position]], np.array([len(documents.block)]), documents)
+        order.append(large[position : position + 1])
+    return np.concatenate(order)
 
 
 def _build(
@@ -48,8 +80,8 @@ def _build(
     samples: BlockSamples,
     windows: Sequence[tuple[WindowKey, EpochOrder]],
     blocks: Sequence[NDArray[np.int32]],
-    table: WindowTable,
-) -> None:
+) -> tuple[Ints, WindowDocuments]:
+    """Return the number of documents of each window, and the documents."""
     keys = [key for key, _ in windows]
     block = np.concatenate(blocks)
     lengths = np.array([len(of_window) for of_window in blocks])
@@ -76,7 +108,7 @@ def _build(
     documents = _documents_at(columns, position, block)
     num_items = num_documents if documents.items is None else _sums(documents.items, num_documents)
     _check_items(windows, lengths, num_items)
-    table.append(keys, num_documents, documents)
+    return num_documents, documents
 
 
 def _documents_at(columns: GrowingColumns, position: Ints, block: NDArray[np.int32]) -> WindowDocuments:

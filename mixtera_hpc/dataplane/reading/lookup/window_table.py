@@ -52,7 +52,7 @@ class WindowTable:
             types: type of the columns `row`, `offset` and `length`.
             has_unit_items: whether every document has one item.
         """
-        self._types = types
+        self.types = types
         self.has_unit_items = has_unit_items
         stops: dict[str, DTypeLike] = {} if has_unit_items else {"stop": np.int64}
         # `stop` counts the items of all windows up to the end of a document, so that one binary search serves all.
@@ -135,7 +135,7 @@ class WindowTable:
         """Return a table of some of the windows, in this order."""
         counts = self._counts()[windows]
         chosen = concatenated_ranges(self._windows["first"][windows], counts)
-        table = WindowTable(self._types, has_unit_items=self.has_unit_items)
+        table = WindowTable(self.types, has_unit_items=self.has_unit_items)
         table.append(
             [self._keys[number] for number in windows.tolist()],
             counts,

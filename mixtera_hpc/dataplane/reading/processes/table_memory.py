@@ -20,12 +20,22 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.node_memory import machine_key
 
-__all__ = ["BLOCKS_NAME", "NONCE_BYTES", "STAMPS_NAME", "TableMemory", "map_tables", "share_memory", "share_tables"]
+__all__ = [
+    "BLOCKS_NAME",
+    "NONCE_BYTES",
+    "STAMPS_NAME",
+    "WINDOWS_NAME",
+    "TableMemory",
+    "map_tables",
+    "share_memory",
+    "share_tables",
+]
 
 NAME = "mixtera-tables"
 BLOCKS_NAME = "mixtera-blocks"
 STAMPS_NAME = "mixtera-stamps"
-NAMES_IN_PROC = tuple(f"/memfd:{name}" for name in (NAME, BLOCKS_NAME, STAMPS_NAME))
+WINDOWS_NAME = "mixtera-windows"
+NAMES_IN_PROC = tuple(f"/memfd:{name}" for name in (NAME, BLOCKS_NAME, STAMPS_NAME, WINDOWS_NAME))
 """Start of the target of the links to this memory in `/proc/PID/fd`."""
 MIN_BYTES = 1 << 20
 """Smaller tables are sent through the pipe."""

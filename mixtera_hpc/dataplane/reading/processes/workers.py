@@ -102,7 +102,7 @@ class Workers:
         self._items_per_read = items_per_read(source)
         size = self._range_size(count, source.config.dataplane.chunk_steps)
         self._shape = _memory_shape(source, batch_slice, size) if source.layout.in_tokens else None
-        shared = (source.table_memory, source.block_memory, source.shard_stamps)
+        shared = (source.table_memory, source.block_memory, source.window_memory, source.shard_stamps)
         memories = [memory.fd for memory in shared if memory is not None]
         self._workers = [_start_process(self._shape, memories) for _ in range(count)]
         self._has_source = False
