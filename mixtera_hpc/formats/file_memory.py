@@ -12,13 +12,14 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["map_descriptor"]
+__all__ = ["map_descriptor", "release_pages", "shared_bytes"]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 # The offset has 64 bits on all 64-bit Linux systems.
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -46,6 +47,22 @@ def map_descriptor(descriptor: int) -> NDArray[np.uint8]:
     # At exit, other threads may still read: the system frees the memory then.
     weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
     return np.asarray(memory)
+
+
+def release_pages(address: int, num_bytes: int) -> None:
+    """Remove mapped pages from the memory of this process. The next access takes them from the page cache or reads."""
+    begin = address & -mmap.PAGESIZE
+    # Advice: the kernel may ignore it.
+    _LIBC.madvise(begin, address + num_bytes - begin, mmap.MADV_DONTNEED)
+
+
+def shared_bytes() -> int:
+    """Return the memory of this process that belongs to mapped files or is shared with others. Takes 5 µs."""
+    descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(os.read(descriptor, 256).split()[2]) * mmap.PAGESIZE
+    finally:
+        os.close(descriptor)
 
 
 class _Mapping:

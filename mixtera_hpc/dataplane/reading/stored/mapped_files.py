@@ -6,6 +6,7 @@ nobody, so every range of tokens must have been compared with the size of its fi
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.file_memory import map_descriptor
+from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, shared_bytes
 
 __all__ = ["MAX_MAPPED_FILES", "FilesMemory", "MappedFiles", "file_groups", "map_array"]
 
@@ -26,6 +27,10 @@ Ints = NDArray[np.int64]
 MAX_MAPPED_FILES = 1 << 14
 """Files that one reader keeps mapped. Linux allows a process 65,530 mappings by default (`vm.max_map_count`). There are
 two readers, one of the training data and one of the data held out, and libraries use some mappings too."""
+MAX_RESIDENT_BYTES = 1 << 32
+RELEASE_EVERY_S = 30.0
+"""If a process holds more memory of mapped files than `MAX_RESIDENT_BYTES`, it releases all of it, at most this often.
+The pages of the windows in use come back from the page cache, within milliseconds to 0.2 s."""
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -69,12 +74,15 @@ class FilesMemory:
 class MappedFiles:
     """Files that are mapped when they are first needed; the least recently used are unmapped. Not thread-safe."""
 
-    def __init__(self, num_files: int, map_file: Callable[[int], NDArray[Any]]) -> None:
+    def __init__(
+        self, num_files: int, map_file: Callable[[int], NDArray[Any]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Map nothing yet.
 
         Args:
             num_files: files are numbered from 0 to `num_files` - 1.
             map_file: returns the token ids of the file of a number, mapped into memory.
+            clock: returns seconds.
         """
         self._map_file = map_file
         self._files: dict[int, NDArray[Any]] = {}
@@ -89,6 +97,10 @@ class MappedFiles:
         self._num_bytes = np.zeros(num_files, np.int64)
         self._type = np.zeros(num_files, np.int8)
         self._num_calls = 0
+        self._mapped_bytes = 0
+        """Size of all mapped files."""
+        self._clock = clock
+        self._next_release_s = 0.0
 
     def distinct(self, files: NDArray[np.integer[Any]]) -> NDArray[np.intp]:
         """Return the different numbers among `files`, ascending."""
@@ -144,11 +156,29 @@ class MappedFiles:
             self._memory[type_number] = FilesMemory(tokens, (self._address - low) // dtype.itemsize)
         return self._memory[type_number]
 
+    def limit_memory(self) -> None:
+        """Release the pages of all files if the process holds too many; see `MAX_RESIDENT_BYTES`.
+
+        A page that was read once counts as memory of the process until then. A job whose memory is limited by such
+        counts would be killed when it has read that much. The files stay mapped.
+        """
+        if self._mapped_bytes <= MAX_RESIDENT_BYTES:
+            return
+        now_s = self._clock()
+        if now_s < self._next_release_s:
+            return
+        self._next_release_s = now_s + RELEASE_EVERY_S
+        if shared_bytes() > MAX_RESIDENT_BYTES:
+            files = np.flatnonzero(self._is_mapped)
+            for address, size in zip(self._address[files].tolist(), self._num_bytes[files].tolist(), strict=True):
+                release_pages(address, size)
+
     def close(self) -> None:
         """Unmap all files."""
         self._memory.clear()
         self._files.clear()
         self._is_mapped[:] = False
+        self._mapped_bytes = 0
 
     def _make_room(self) -> None:
         """Unmap the files that were not used for longest, but none that the current call has requested."""
@@ -159,6 +189,7 @@ class MappedFiles:
             self._memory.clear()
             del self._files[oldest]
             self._is_mapped[oldest] = False
+            self._mapped_bytes -= int(self._num_bytes[oldest])
 
     def _map_one(self, number: int) -> None:
         ids = self._map_file(number)
@@ -170,4 +201,5 @@ class MappedFiles:
         self._type[number] = self._types.index(ids.dtype)
         self._address[number] = ids.ctypes.data
         self._is_mapped[number] = True
+        self._mapped_bytes += int(self._num_bytes[number])
         self._memory.clear()
