@@ -6,6 +6,7 @@ import os
 import re
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,62 @@ def test_places_are_kept_where_not_all_files_can_be_mapped(
             counts.append(len(mapped))
     # The second read maps each file once, to copy its tokens.
     assert counts[1] <= 20 < counts[0]
+
+
+@pytest.mark.parametrize("has_all_ends", [True, False])
+@pytest.mark.parametrize("seq_len", [29, 6000])
+def test_documents_that_follow_each_other_in_a_file_are_copied_together(
+    seq_len: int, has_all_ends: bool, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.Generator(np.random.Philox(3))
+    shards = [tmp_path / f"data/{domain}/{number:02}.bin" for domain in range(2) for number in range(12)]
+    for shard in shards:
+        documents = [[*random.integers(2, 250, int(random.integers(1, 90))).tolist(), EOS] for _ in range(9)]
+        if not has_all_ends and shard == shards[5]:
+            documents[4].pop()
+        write_megatron(shard, documents, "<u2")
+    words = [word for word in overrides if "dataplane.tokenizer=" not in word]
+    words += ["dataplane.vocab_size=300", "dataplane.eos_id=0", f"dataplane.seq_len={seq_len}"]
+    words += ["dataplane.shuffle=sequence", "data.include=[?/??.bin]"]
+    config = compose([*words, "mixture.max_epochs=30", "dataplane.workers=0"])
+    build_index(config)
+    expected = list(reference_rows(open_source(config, Local())))
+    assert max(max(numbers) for _, numbers, _ in expected) > 2
+
+    num_copied = []
+    locate = document_places.DocumentPlaces.locate
+    counted = lambda *asked: (num_copied.append(len(asked[1].number)), locate(*asked))[1]  # noqa: E731
+    monkeypatch.setattr(document_places.DocumentPlaces, "locate", counted)
+    assert served_rows(config) == expected
+    num_documents = sum(len(set(numbers)) for _, numbers, _ in expected)
+    # The first read of a window finds the places of its documents.
+    assert (sum(num_copied) < 0.9 * num_documents) == has_all_ends
+
+
+def test_only_neighbours_in_a_store_are_copied_together(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    train_bpe(["some text"], 300, tmp_path / "tokenizer.json")
+    random = np.random.Generator(np.random.Philox(4))
+    # A store sorts documents by all properties, a domain by the rows of its files.
+    languages = np.repeat(random.integers(0, 2, 40), random.integers(1, 12, 40)).tolist()
+    texts = [f"some text {number} " * int(random.integers(1, 5)) for number in range(200)]
+    rows = [
+        {"text": text, "kind": "ab"[number % 2], "language": f"{languages[number]}"}
+        for number, text in enumerate(texts)
+    ]
+    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.root={tmp_path / 'data'}", "data.properties={kind: kind, language: language}"]
+    words += ["mixture=natural", "mixture.group_by=[kind]", "mixture.max_epochs=3", "dataplane.workers=0"]
+    words += ["dataplane.add_eos=false", "dataplane.shuffle=sequence", "dataplane.seq_len=70"]
+    words.append(f"dataplane.tokenizer={tmp_path / 'tokenizer.json'}")
+    config = compose([*words, f"index.path={tmp_path / 'i.h5'}", "dataplane.global_batch_size=4"])
+    build_index(config)
+    expected = served_rows(config)
+    stored = replace(config, data=replace(config.data, tokens=str(tmp_path / "tokens")))
+    write_store(stored, Local())
+    assert open_source(stored, Local()).index.token_stores
+    assert len(expected) > 30
+    assert served_rows(stored) == expected
 
 
 def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ class Documents:
     """First item of the document that is wanted."""
     last: Ints
     """One past the last item that is wanted."""
+    part_sizes: Ints | None = None
+    """Documents of each part in turn, if they are parts of windows; the documents of a part have consecutive numbers.
+    """
 
     @cached_property
     def wanted(self) -> Ints:
@@ -346,7 +349,7 @@ class DomainStreams:
         last[of_part - 1] -= table.item_stops(parts.window, number[of_part - 1]) - parts.end
         of_part -= count
         first[of_part] = parts.begin - table.item_starts(parts.window, covered)
-        documents = Documents(windows=table, number=number, first=first, last=last)
+        documents = Documents(windows=table, number=number, first=first, last=last, part_sizes=count)
         # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
         return documents.select(np.flatnonzero(first < last)) if (first >= last).any() else documents
 

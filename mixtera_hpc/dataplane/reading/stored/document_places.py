@@ -4,7 +4,7 @@ Which special tokens a stored document begins and ends with follows from its len
 counted, so no token is read for it. Only if a tokenizer has one token that begins documents, a document with one more
 token than counted is ambiguous: its last token decides.
 Price: about 40 numpy calls per read, 40 ns per document, and 4 bytes of memory per block. If all epochs have the same
-order, or there are more files than can be mapped, places stay in memory, 13 bytes per document of the window table.
+order, or there are more files than can be mapped, places stay in memory, 17 bytes per document of the window table.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
-from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowTable
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups
@@ -72,10 +72,12 @@ class DocumentPlaces:
         num_files = self._num_shards + len(source.index.token_stores)
         # Places stay in memory where they are needed again. Without room for all files, a read would map them twice:
         # to locate documents, and to copy tokens.
-        self._stores_places = source.layout.order.repeats or num_files > MAX_MAPPED_FILES
+        self._has_runs = source.layout.order.repeats
+        self._stores_places = self._has_runs or num_files > MAX_MAPPED_FILES
         self._table: WindowTable | None = None
-        self._columns = GrowingColumns({"file": np.int32, "start": np.int64, "missing": np.int8})
-        """One row per document of `_table`."""
+        self._columns = GrowingColumns({"file": np.int32, "start": np.int64, "missing": np.int8, "run": np.int32})
+        """One row per document of `_table`. Documents of a window with the same `run`, and those between them, follow
+        each other in one file, with nothing between them."""
 
     def check_unchanged(self) -> None:
         """Raise DataError if a token store was written again since the run began."""
@@ -105,6 +107,30 @@ class DocumentPlaces:
             missing=missing if missing.any() else None,
         )
 
+    def joined(self, documents: Documents) -> Documents:
+        """Return the same wanted tokens as fewer documents, each of which stands for those that follow it in its file.
+
+        Only the tokens that are wanted of the result have a meaning. Documents whose places are not in memory stay.
+        """
+        sizes = documents.part_sizes
+        if sizes is None or not self._has_runs:
+            return documents
+        self._add_rows(documents.windows)
+        run = self._columns["run"]
+        stop = sizes.cumsum()
+        chosen = stop - sizes
+        first_run = run.take(documents.number.take(chosen))
+        if (first_run == UNKNOWN).any():
+            return documents
+        is_run = first_run == run.take(documents.number.take(stop - 1))
+        if not is_run.all():
+            chosen = concatenated_ranges(chosen, np.where(is_run, 1, sizes))
+        wanted_starts = documents.wanted_stops.take(chosen) - documents.wanted.take(chosen)
+        wanted = np.diff(wanted_starts, append=documents.wanted_stops[-1])
+        begin = documents.first.take(chosen)
+        number = documents.number.take(chosen)
+        return Documents(windows=documents.windows, number=number, first=begin, last=begin + wanted)
+
     def _add_rows(self, table: WindowTable) -> None:
         """Add rows for the documents that `table` has got since the last call; begin again if it is another table."""
         if table is not self._table:
@@ -113,7 +139,8 @@ class DocumentPlaces:
         count = table.num_rows - len(self._columns)
         if count:
             zeros = np.zeros(count, np.int8)
-            self._columns.append({"file": zeros, "start": zeros, "missing": np.full(count, UNKNOWN)})
+            unknown = np.full(count, UNKNOWN)
+            self._columns.append({"file": zeros, "start": zeros, "missing": unknown, "run": unknown})
 
     def _locate_windows(self, documents: Documents, tokenizer: Tokenizer) -> None:
         """Keep the places of documents, and if no token has to be read for it, of all documents of their windows."""
@@ -121,21 +148,33 @@ class DocumentPlaces:
             table = documents.windows
             of_windows = table.documents_of(np.unique(documents.window))
             whole = Documents(windows=table, number=of_windows, first=of_windows, last=of_windows)
+            whole = whole.select(np.flatnonzero(self._is_stored[whole.block]))
             try:
-                self._write(whole.select(np.flatnonzero(self._is_stored[whole.block])), tokenizer)
+                places = self._write(whole, tokenizer)
             except DataError:
                 # An error in another document of the window is raised when that document is served.
                 pass
             else:
+                # The tokens that are missing belong between documents, so these are copied one by one.
+                if self._has_runs and places.missing is None:
+                    self._add_runs(whole, places)
                 return
         self._write(documents, tokenizer)
 
-    def _write(self, documents: Documents, tokenizer: Tokenizer) -> None:
-        """Write the places of documents to their rows."""
+    def _add_runs(self, documents: Documents, places: Places) -> None:
+        """Find the runs of all stored documents of some windows, whose places are known."""
+        stop = places.start + documents.size
+        is_first = np.ones(len(stop), np.bool_)
+        is_first[1:] = (places.file[1:] != places.file[:-1]) | (places.start[1:] != stop[:-1])
+        self._columns["run"][documents.number] = is_first.cumsum()
+
+    def _write(self, documents: Documents, tokenizer: Tokenizer) -> Places:
+        """Write the places of documents to their rows, and return them."""
         places = self._find(documents, tokenizer)
         self._columns["file"][documents.number] = places.file
         self._columns["start"][documents.number] = places.start
         self._columns["missing"][documents.number] = 0 if places.missing is None else places.missing
+        return places
 
     def _find(self, documents: Documents, tokenizer: Tokenizer) -> Places:
         """Locate documents, as many files at a time as can be mapped."""

@@ -74,6 +74,7 @@ class TokenGather:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
         """
         self._files.limit_memory()
+        documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
         self._guard.use(files[files < self._num_shards])
