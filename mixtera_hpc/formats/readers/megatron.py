@@ -30,7 +30,7 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.megatron_index import read_document_starts, read_token_layout
-from mixtera_hpc.formats.file_memory import map_descriptor
+from mixtera_hpc.formats.file_memory import map_descriptor, read_single_pages
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, open_shard, shard_changed_error
@@ -80,6 +80,8 @@ class MegatronFormat:
         descriptor = open_shard(path)
         try:
             data = map_descriptor(descriptor)
+            if len(data):
+                read_single_pages(data.ctypes.data, len(data))
         except OSError as error:
             raise DataError(f"{path} cannot be mapped: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
         finally:

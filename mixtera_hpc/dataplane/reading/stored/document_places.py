@@ -79,6 +79,11 @@ class DocumentPlaces:
         """One row per document of `_table`. Documents of a window with the same `run`, and those between them, follow
         each other in one file, with nothing between them."""
 
+    @property
+    def is_in_shard(self) -> NDArray[np.bool_]:
+        """Mask of the blocks that are stored as token ids in their shard, and not in a token store."""
+        return self._is_stored & (self._file_of_block < self._num_shards)
+
     def check_unchanged(self) -> None:
         """Raise DataError if a token store was written again since the run began."""
         if self._store_rows is not None:

@@ -132,6 +132,11 @@ class MappedFiles:
         """Return the size of each of some files, or of one; 0 for those that were never mapped."""
         return self._num_bytes[files]
 
+    def addresses(self, files: NDArray[np.integer[Any]]) -> Ints:
+        """Return the address of the first byte of each of some mapped files."""
+        addresses: Ints = self._address[files]
+        return addresses
+
     def tokens_at(self, files: NDArray[np.integer[Any]], tokens: Ints) -> Ints:
         """Return single tokens of mapped files, given their positions in the files."""
         ids = np.empty(len(files), np.int64)

@@ -1,0 +1,116 @@
+"""Blocks of token files are requested from the file system before documents are copied from them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
+from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.stored import block_requests
+from mixtera_hpc.dataplane.reading.stored.block_requests import REPEAT_AFTER_S, BlockRequests
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array
+from mixtera_hpc.formats.readers.megatron import MegatronFormat
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.testing.megatron import write_megatron
+
+BLOCK_ROWS = 4
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """Two shards of 30 documents each."""
+    (tmp_path / "data").mkdir()
+    random = np.random.Generator(np.random.Philox(3))
+    for name in "ab":
+        documents = [random.integers(1, 99, int(random.integers(1, 60))).tolist() for _ in range(30)]
+        write_megatron(tmp_path / f"data/{name}.bin", documents, "<u2")
+    config = compose(
+        [
+            f"data.root={tmp_path / 'data'}",
+            f"index.path={tmp_path / 'i.h5'}",
+            f"index.block_rows={BLOCK_ROWS}",
+            "dataplane.vocab_size=100",
+            "dataplane.add_eos=false",
+            "dataplane.seq_len=16",
+        ]
+    )
+    build_index(config)
+    return open_source(config, Local())
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Address and size of every request."""
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(block_requests, "request_pages", lambda *place: ranges.append(place))
+    yield ranges
+
+
+def some_documents(source: Source) -> Documents:
+    return source.streams().documents(0, 100, 400)
+
+
+def files_of(source: Source) -> MappedFiles:
+    paths = [Path(source.index.data_root) / name for name in source.index.shard_paths]
+    files = MappedFiles(len(paths), lambda number: map_array(paths[number], np.dtype("<u2")))
+    files.map(np.arange(len(paths)))
+    return files
+
+
+def test_the_blocks_of_a_read_are_requested_once_for_a_while(source: Source, requested: list[tuple[int, int]]) -> None:
+    documents = some_documents(source)
+    files = files_of(source)
+    now_s = 50.0
+    is_in_shard = np.ones(len(source.blocks), np.bool_)
+    requests = BlockRequests(source, is_in_shard, files, clock=lambda: now_s)
+    requests.request(documents)
+    blocks = np.unique(documents.block)
+    addresses = files.addresses(source.blocks.shard[blocks]) + source.blocks.offset[blocks]
+    assert requested == list(zip(addresses.tolist(), source.blocks.length[blocks].tolist(), strict=True))
+    requests.request(documents)
+    assert len(requested) == len(blocks) < len(documents.block)
+    now_s += REPEAT_AFTER_S
+    requests.request(documents)
+    assert len(requested) == 2 * len(blocks)
+
+
+def test_of_large_blocks_only_the_documents_are_requested(
+    source: Source, requested: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_requests, "MAX_BLOCK_BYTES", 0)
+    documents = some_documents(source)
+    files = files_of(source)
+    requests = BlockRequests(source, np.ones(len(source.blocks), np.bool_), files)
+    block = documents.block
+    addresses = files.addresses(source.blocks.shard[block]) + source.blocks.offset[block] + documents.offset
+    for repeated in (1, 2):
+        requests.request(documents)
+        assert requested == repeated * list(zip(addresses.tolist(), documents.length.tolist(), strict=True))
+
+
+def test_blocks_in_stores_are_not_requested(source: Source, requested: list[tuple[int, int]]) -> None:
+    BlockRequests(source, np.zeros(len(source.blocks), np.bool_), files_of(source)).request(some_documents(source))
+    assert not requested
+
+
+def test_a_reader_requests_what_it_copies(source: Source, requested: list[tuple[int, int]]) -> None:
+    documents = some_documents(source)
+    with contextlib.closing(DocumentReader(source)) as reader:
+        reader.prepare(documents, [int(documents.wanted.sum())])
+    assert len(requested) == len(np.unique(documents.block))
+
+
+def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> None:
+    path = Path(source.index.data_root) / "a.bin"
+    own = slice(*np.searchsorted(source.blocks.shard, [0, 1]).tolist())
+    tokens = MegatronFormat().map_tokens(path, source.blocks.first_row[own], source.blocks.offset[own])
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    (number,) = (i for i, text in enumerate(mappings) if str(path) in text)
+    assert " rr " in mappings[number + 1].splitlines()[0], "MADV_RANDOM is not set"
+    assert len(tokens)
