@@ -343,12 +343,17 @@ class DomainStreams:
             return Documents(windows=table, number=number, first=np.zeros_like(number), last=np.ones_like(number))
         number = concatenated_ranges(covered, count)
         # All documents are wanted as a whole, but the first and the last one of each part.
-        last = table.items(number)
+        last_of_part = count.cumsum() - 1
+        first_of_part = last_of_part + 1 - count
+        window_start = table.item_starts(parts.window)
+        item_start = table.item_stops(covered - 1)
+        stop = table.item_stops(number)
+        last = stop.copy()
+        last[1:] -= stop[:-1]
+        last[first_of_part] = stop.take(first_of_part) - item_start
+        last[last_of_part] -= stop.take(last_of_part) - (window_start + parts.end)
         first = np.zeros_like(last)
-        of_part = np.cumsum(count)
-        last[of_part - 1] -= table.item_stops(parts.window, number[of_part - 1]) - parts.end
-        of_part -= count
-        first[of_part] = parts.begin - table.item_starts(parts.window, covered)
+        first[first_of_part] = window_start + parts.begin - item_start
         documents = Documents(windows=table, number=number, first=first, last=last, part_sizes=count)
         # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
         return documents.select(np.flatnonzero(first < last)) if (first >= last).any() else documents

@@ -161,10 +161,11 @@ class WindowTable:
         first_item = self._windows["first_item"][windows]
         if self.has_unit_items:
             return first_item + begin, end - begin
-        stops = self._columns["stop"]
-        first = search(stops, first_item + begin, side="right")
-        last = search(stops, first_item + end, side="left")
-        return first, last + 1 - first
+        # The document that holds an item is the first one that ends behind it. One search finds those of both ends.
+        items = np.concatenate([first_item + begin, first_item + end - 1])
+        documents = search(self._columns["stop"], items, side="right")
+        first = documents[: len(begin)]
+        return first, documents[len(begin) :] + 1 - first
 
     def items(self, documents: Ints) -> Ints:
         """Return the items of each document."""
@@ -174,15 +175,14 @@ class WindowTable:
         items: Ints = stops[documents] - stops[documents - 1]
         return items
 
-    def item_starts(self, windows: Ints, documents: Ints) -> Ints:
-        """Return the first item of documents, counted from the start of their windows."""
-        before = documents if self.has_unit_items else self._columns["stop"][documents - 1]
-        starts: Ints = before - self._windows["first_item"][windows]
-        return starts
+    def item_stops(self, documents: Ints) -> Ints:
+        """Return one past the last item of documents, counted through all windows, where documents have many items."""
+        return self._columns["stop"].take(documents)
 
-    def item_stops(self, windows: Ints, documents: Ints) -> Ints:
-        """Return one past the last item of documents, counted from the start of their windows."""
-        return self.item_starts(windows, documents) + self.items(documents)
+    def item_starts(self, windows: Ints) -> Ints:
+        """Return the first item of windows, counted through all windows."""
+        starts: Ints = self._windows["first_item"][windows]
+        return starts
 
     def windows_of(self, documents: Ints) -> Ints:
         """Return the window of each document."""
