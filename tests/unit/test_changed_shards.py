@@ -173,6 +173,17 @@ def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("another modification time than in the index") == 1
 
 
+def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_run_with_a_cure(tmp_path: Path) -> None:
+    """The kernel ends the process before it can compare the file."""
+    (shard,) = (path for path in written("megatron", tmp_path / "data") if path.suffix == ".bin")
+    config = configured("megatron", tmp_path / "data")
+    config = replace(config, dataplane=replace(config.dataplane, workers=1))
+    error = served(config, 3, partial(os.truncate, shard, 0))[-1]
+    assert isinstance(error, DataError)
+    assert "ended by signal 7" in str(error)
+    assert "was truncated while it was read" in str(error)
+
+
 @pytest.fixture
 def _slow_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a clock pass one second at every look: a comparison takes a second, and each check that does not compare."""

@@ -263,9 +263,11 @@ class Workers:
         """Return the error that describes how a process ended."""
         code = self._workers[number].process.wait()
         reason = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        cure = "Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the job."
+        if code == -signal.SIGBUS:
+            cure = "A data file was truncated while it was read, or cannot be read: run mixtera-hpc index verify."
         return DataError(
-            f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n"
-            "  Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the job."
+            f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n  {cure}"
         )
 
 
