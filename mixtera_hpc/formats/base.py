@@ -243,9 +243,9 @@ class RangeReader(Protocol):
 
 
 class RowDecoder(Protocol):
-    """A decoder of rows that needs their bytes only, whichever file they are in."""
+    """A decoder of rows that needs their bytes only, whichever file they are in. It keeps no part of these bytes."""
 
-    def documents(self, rows: Sequence[bytes]) -> list[str]:
+    def documents(self, rows: Sequence[bytes | memoryview]) -> list[str]:
         """Return the texts of rows.
 
         Raises:
@@ -253,7 +253,7 @@ class RowDecoder(Protocol):
         """
         ...
 
-    def payloads(self, rows: Sequence[bytes]) -> list[Any]:
+    def payloads(self, rows: Sequence[bytes | memoryview]) -> list[Any]:
         """Return the whole rows as dicts. Errors as for `documents`."""
         ...
 

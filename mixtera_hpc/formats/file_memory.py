@@ -12,7 +12,15 @@ import weakref
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["map_descriptor", "read_single_pages", "release_pages", "request_pages", "shared_bytes"]
+__all__ = [
+    "load_pages",
+    "map_descriptor",
+    "read_single_pages",
+    "release_pages",
+    "request_pages",
+    "shared_bytes",
+    "spanning_memory",
+]
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -20,6 +28,8 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_POPULATE_READ = 22
+"""Python's `mmap` has no name for it."""
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -49,6 +59,34 @@ def map_descriptor(descriptor: int) -> NDArray[np.uint8]:
     return np.asarray(memory)
 
 
+def spanning_memory(first: int, stop: int, owners: object) -> NDArray[np.uint8]:
+    """Return the memory between two addresses, which may also cover addresses that belong to nobody.
+
+    Args:
+        first: address of the first byte.
+        stop: one past the address of the last byte.
+        owners: arrays of mapped memory, which live as long as a view of the result.
+    """
+    return np.asarray(_Mapping(first, stop - first, owners))
+
+
+def load_pages(address: int, num_bytes: int) -> None:
+    """Read mapped memory into the page cache and map its pages, so that no access to it waits for the file system.
+
+    Other threads run meanwhile. An access would hold the interpreter's lock, and kill the process on an error.
+
+    Args:
+        address: of memory that `map_descriptor` has returned.
+        num_bytes: size of the memory.
+
+    Raises:
+        OSError: EINVAL if the kernel is older than Linux 5.14; EFAULT if the file is too short or cannot be read.
+    """
+    if not _advise(address, num_bytes, _MADV_POPULATE_READ):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def read_single_pages(address: int, num_bytes: int) -> None:
     """Let an access to mapped memory read its own page of the file only, and none around it."""
     _advise(address, num_bytes, mmap.MADV_RANDOM)
@@ -64,10 +102,11 @@ def release_pages(address: int, num_bytes: int) -> None:
     _advise(address, num_bytes, mmap.MADV_DONTNEED)
 
 
-def _advise(address: int, num_bytes: int, advice: int) -> None:
-    """Give an advice, which the kernel may ignore."""
+def _advise(address: int, num_bytes: int, advice: int) -> bool:
+    """Give an advice, and return True unless the kernel ignores it."""
     begin = address & -mmap.PAGESIZE
-    _LIBC.madvise(begin, address + num_bytes - begin, advice)
+    is_ignored = _LIBC.madvise(begin, address + num_bytes - begin, advice)
+    return not is_ignored
 
 
 def shared_bytes() -> int:
@@ -82,7 +121,9 @@ def shared_bytes() -> int:
 class _Mapping:
     """Read-only memory that numpy takes as an array. An array of ctypes would make a type of 3 kB for every size."""
 
-    __slots__ = ("__array_interface__", "__weakref__")
+    __slots__ = ("__array_interface__", "__weakref__", "owners")
 
-    def __init__(self, address: int, size: int) -> None:
+    def __init__(self, address: int, size: int, owners: object = None) -> None:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}
+        self.owners = owners
+        """What the memory belongs to, if it is not this object."""

@@ -188,6 +188,7 @@ def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_r
 def _slow_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a clock pass one second at every look: a comparison takes a second, and each check that does not compare."""
     monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", MAX_PAUSE_S)
+    monkeypatch.setattr(comparison_pace, "LATE_S", 1000.0)
     pace = partial(ComparisonPace, clock=partial(next, itertools.count(1.0)))
     monkeypatch.setattr(document_reader, "ComparisonPace", pace)
 
@@ -198,7 +199,7 @@ def test_between_fast_reads_a_change_ends_the_run_later_and_the_error_says_how_m
     (other,) = written("jsonl", tmp_path / "others", "b")
     config = configured("jsonl", tmp_path / "data")
     before = served(config)
-    *batches, error = served(config, 3, partial(in_place, other, shard))
+    *batches, error = served(config, 5, partial(in_place, other, shard))
     assert f"{shard} has changed while the run reads it" in str(error)
     is_changed = [not equal(*pair) for pair in zip(batches, before, strict=False)]
     (note,) = error.__notes__

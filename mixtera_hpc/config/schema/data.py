@@ -105,8 +105,8 @@ class DataConfig(DataSetKeys):
     cache_bytes: int = 2147483648
     """Memory of each node for rows of files that can only be decoded in large units (compressed files, Parquet), shared
     by the processes that read. If it is too small, units are decoded several times. If several processes read, half of
-    it is for decoded units that they share. Where a process may not keep all shards open, half of its part may hold
-    blocks of plain files. The order of the samples does not depend on it."""
+    it is for decoded units that they share. Half of the part of a process may hold mapped pages of plain files. The
+    order of the samples does not depend on it."""
     max_amplification: float = 64.0
     """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan`, `submit` and
     every run refuse a job that would need more."""

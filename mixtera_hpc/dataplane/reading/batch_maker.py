@@ -80,7 +80,9 @@ class BatchMaker:
         self._compare_every_read = compare_every_read
         self._streams = source.streams()
         self._documents = SequenceDocuments(source, self._streams)
-        self._reader = DocumentReader(source, self._streams)
+        # With more ranks than lanes, several ranks share the rows of a window.
+        window_share = min(source.lanes.lanes / batch_slice.num_groups, 1.0)
+        self._reader = DocumentReader(source, self._streams, window_share)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""

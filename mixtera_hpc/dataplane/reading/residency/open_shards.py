@@ -6,7 +6,7 @@ from pathlib import Path
 
 __all__ = ["ShardPaths", "max_open_shards"]
 
-MIN_OPEN_SHARDS = 64
+MIN_OPEN_SHARDS = 16
 MAX_OPEN_SHARDS = 4096
 MAX_PATHS = 16384
 """Paths of shards in memory; about 8 MB."""

@@ -7,17 +7,36 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import RangeReader, RowDecoder, ShardReader, TokenReader
 
-__all__ = ["ReadRows", "ReadableShard"]
+__all__ = ["EncodedRows", "ReadRows", "ReadableShard", "Row"]
+
+Row = bytes | memoryview
+
+
+class EncodedRows(NamedTuple):
+    """Raw samples that are not decoded yet: parts of mapped memory, or bytes that were read."""
+
+    decoder: RowDecoder
+    memory: memoryview
+    """The memory of all mapped files."""
+    own: list[bytes]
+    """Rows outside of this memory."""
+    first: NDArray[np.int64]
+    """First byte of each row in `memory`, or its position in `own`; shape (n,)."""
+    stop: NDArray[np.int64]
+    """One past the last byte of each row in `memory`; 0 for those in `own`."""
+    shards: NDArray[np.int32]
+    """The shards of rows in `memory`, which may change until the rows are decoded; each once."""
 
 
 class ReadRows(NamedTuple):
     """Rows in the order in which they were read."""
 
     rows: list[Any]
+    """The rows; empty if they are not decoded yet."""
     positions: NDArray[np.intp]
     """Position of each row among those requested; shape (n,)."""
-    decoder: RowDecoder | None = None
-    """Decodes `rows` if they are still the bytes of raw samples; else None."""
+    encoded: EncodedRows | None = None
+    """Raw samples that are not decoded yet."""
 
 
 class ReadableShard(NamedTuple):

@@ -6,9 +6,8 @@ are served. Rows of formats with a `RowDecoder` are read by one loop over all sh
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +18,10 @@ from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_
 from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows, packed
 from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
-from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
+from mixtera_hpc.dataplane.reading.rows.mapped_rows import NOT_MAPPED, MappedPlaces, MappedRows
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
-from mixtera_hpc.dataplane.reading.rows.read_rows import ReadableShard, ReadRows
-from mixtera_hpc.dataplane.reading.rows.row_files import ROWS_AT_ONCE, RowFiles
+from mixtera_hpc.dataplane.reading.rows.read_rows import EncodedRows, ReadableShard, ReadRows, Row
+from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER, ROWS, ShardKinds
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
@@ -49,17 +48,24 @@ TEXTS_AT_ONCE = 32
 class RowReader:
     """Open shards, and rows of blocks that were decoded as a whole. One per reading thread."""
 
-    def __init__(self, source: Source, guard: ShardGuard, streams: DomainStreams | None = None) -> None:
+    def __init__(
+        self, source: Source, guard: ShardGuard, streams: DomainStreams | None = None, window_share: float = 1.0
+    ) -> None:
         """Open nothing yet; shards are opened when they are needed, and recorded in `guard`.
 
         Args:
             source: the data.
             guard: notices shards that change.
             streams: the streams whose documents are read; None if few are read.
+            window_share: part of the rows of each window that are read.
         """
         self._source = source
         self._streams = streams
         self._guard = guard
+        self.compare_if_late: Callable[[], bool] = lambda: False
+        """Compares the shards in use, see `ShardGuard`, if that was not done for a long time; returns whether it did.
+
+        Pages of a file that became shorter cannot be read any more, and an access would kill the process."""
         self.place = ReadPlace()
         """The place of this reader in the data, for the watchdog."""
         index = source.index
@@ -77,10 +83,10 @@ class RowReader:
         memory = source.block_memory
         self._shared_blocks = SharedBlocks(memory.fd) if memory is not None else None
         self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block, self._shared_blocks)
-        self._small_blocks: SmallBlocks | None = None
-        """Set if there are more shards than may be open."""
-        if len(index.shard_paths) > self._max_open_shards:
-            self._small_blocks = SmallBlocks(source.cache_bytes // 2, self._block_bytes)
+        self._mapped: MappedRows | None = None
+        if streams is not None:
+            read_bytes = self._files.read_bytes
+            self._mapped = MappedRows(source, read_bytes, window_share=window_share, max_open=self._max_open_shards)
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
@@ -99,10 +105,6 @@ class RowReader:
         is_block = kinds == BLOCKS
         if is_block.any():
             kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), ROWS, kinds)
-        if self._small_blocks is not None:
-            is_small = self._source.blocks.length[documents.block] <= MAX_SMALL_BLOCK_BYTES
-            # The negative number of a decoder stands for rows of small blocks.
-            kinds = np.where((kinds >= FIRST_DECODER) & is_small, -kinds, kinds)
         if len(kinds) and (kinds == kinds[0]).all():
             return self._read_kind(int(kinds[0]), documents, shards, raw)
         chosen = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds).tolist()]
@@ -114,23 +116,22 @@ class RowReader:
         positions = np.concatenate(
             [np.zeros(0, np.intp), *(own[read.positions] for read, own in zip(reads, chosen, strict=True))]
         )
-        decoder = reads[0].decoder if reads else None
-        if all(read.decoder is decoder for read in reads):
-            return ReadRows(list(chain.from_iterable(read.rows for read in reads)), positions, decoder)
         rows: list[Any] = []
         for read, own in zip(reads, chosen, strict=True):
-            if read.decoder is None:
-                rows += read.rows
-            else:
-                rows += self.decode(read.decoder, read.rows, partial(documents.select, own[read.positions]))
+            rows += read.rows
+            if read.encoded is not None:
+                groups = encoded_groups(read.encoded, np.arange(len(read.encoded.first)))
+                rows += self.decode(read.encoded.decoder, groups, partial(documents.select, own[read.positions]))
         return ReadRows(rows, positions)
 
-    def decode(self, decoder: RowDecoder, rows: Sequence[bytes], documents_of: Callable[[], Documents]) -> list[Any]:
-        """Decode raw samples that were read as bytes.
+    def decode(
+        self, decoder: RowDecoder, groups: Iterable[list[Row]], documents_of: Callable[[], Documents]
+    ) -> list[Any]:
+        """Decode raw samples.
 
         Args:
-            decoder: that of `ReadRows`.
-            rows: the bytes of some samples, in any order.
+            decoder: that of `EncodedRows`.
+            groups: the bytes of some samples, those of one call after the other.
             documents_of: returns their documents, in the same order.
 
         Raises:
@@ -138,8 +139,8 @@ class RowReader:
         """
         samples: list[Any] = []
         try:
-            for first in range(0, len(rows), DECODED_AT_ONCE):
-                samples += decoder.payloads(rows[first : first + DECODED_AT_ONCE])
+            for rows in groups:
+                samples += decoder.payloads(rows)
             return samples
         except ValueError as error:
             documents = documents_of()
@@ -159,6 +160,8 @@ class RowReader:
             shard.reader.close()
         self._shards.clear()
         self._files.close()
+        if self._mapped is not None:
+            self._mapped.close()
         if self._shared_blocks is not None:
             self._shared_blocks.close()
 
@@ -170,8 +173,6 @@ class RowReader:
             except (OSError, EOFError, ValueError) as error:
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
                 self._log_another_read(shards, error)
-        if kind < 0:
-            return self._read_from_small_blocks(self._kinds.decoders[-kind - FIRST_DECODER], documents, shards, raw=raw)
         if kind == BLOCKS:
             rows = self._resident(raw).read(documents)
         else:
@@ -181,22 +182,62 @@ class RowReader:
     def _read_from_files(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool
     ) -> ReadRows:
-        """Read rows of files with one decoder; rows with a read of their own come first, see `ReadPlan.positions`.
+        """Read rows of files with one decoder, from mapped memory or by positioned reads.
 
         Raw samples stay bytes. Texts are decoded at once, while they are in the cache.
         """
+        self._guard.use(shards)
+        mapped = NOT_MAPPED if self._mapped is None else self._mapped.find(documents, shards, self.place)
+        texts: list[Any] = []
+        if len(mapped.chosen) and not raw:
+            self.begin_use(shards)
+            texts = _mapped_texts(decoder, mapped)
+        # Rows in mapped memory, then all others.
+        rows: list[Any] = []
+        positions = mapped.chosen
+        if len(positions) < len(shards):
+            is_other = np.ones(len(shards), np.bool_)
+            is_other[positions] = False
+            others = np.flatnonzero(is_other)
+            rows, own = self._read_positioned(decoder, documents.select(others), shards[others], raw)
+            positions = np.concatenate([positions, others[own]])
+        if not raw:
+            return ReadRows(texts + rows, positions)
+        encoded = EncodedRows(
+            decoder=decoder,
+            memory=mapped.memory,
+            own=rows,
+            first=np.concatenate([mapped.first, np.arange(len(rows))]),
+            stop=np.concatenate([mapped.stop, np.zeros(len(rows), np.int64)]),
+            shards=distinct_shards(shards[mapped.chosen]),
+        )
+        return ReadRows([], positions, encoded)
+
+    def begin_use(self, shards: NDArray[np.int32]) -> bool:
+        """Record that rows of mapped shards are decoded; return True if the shards were compared before it."""
+        if not len(shards):
+            return False
+        self._guard.use(shards)
+        is_late = self.compare_if_late()
+        if is_late:
+            self._guard.use(shards)
+        return is_late
+
+    def _read_positioned(
+        self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool
+    ) -> tuple[list[Any], NDArray[np.intp]]:
+        """Return the bytes or the texts of rows, and their positions: those with a read of their own come first."""
         blocks = self._source.blocks
         starts = blocks.offset[documents.block] + documents.offset
         plan = ReadPlan(shards, starts, documents.length, blocks.first_row[documents.block] + documents.row)
-        self._guard.use(plan.shards)
         enter = partial(self.place.enter, READ)
         if raw:
-            return ReadRows(self._files.read_raw(plan, enter), plan.positions, decoder)
+            return self._files.read_raw(plan, enter), plan.positions
         # Rows with a read of their own, and rows that share reads.
         rows: tuple[list[Any], list[Any]] = [], []
         for is_shared, texts in self._files.read(plan, decoder.documents, enter, TEXTS_AT_ONCE):
             rows[is_shared].extend(texts)
-        return ReadRows(rows[0] + rows[1], plan.positions)
+        return rows[0] + rows[1], plan.positions
 
     def _log_another_read(self, shards: NDArray[np.int32], error: Exception) -> None:
         """Log that rows are read again, shard by shard: it is slow, and a network file system may be the cause."""
@@ -204,20 +245,6 @@ class RowReader:
         place = first if first == last else f"{first} to {last}"
         cause = str(error) or "a read was short"
         logger.warning("Reading %d rows of %s again, one shard after the other: %s.", len(shards), place, cause)
-
-    def _read_from_small_blocks(
-        self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], *, raw: bool
-    ) -> ReadRows:
-        """Read rows of blocks that stay in memory as a whole; raw samples stay bytes."""
-        positions = np.arange(len(shards))
-        if self._small_blocks is not None:
-            try:
-                lines = self._small_blocks.read(documents)
-                return ReadRows(lines, positions, decoder) if raw else ReadRows(_texts(decoder, lines), positions)
-            except (OSError, EOFError, ValueError) as error:
-                # As for other blocks, the readers of the shards name the shard that is damaged.
-                self._log_another_read(shards, error)
-        return ReadRows(self._read_from_shards(documents, shards, raw=raw), positions)
 
     def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
         """Read rows that are sorted by block and row, without keeping others."""
@@ -234,15 +261,6 @@ class RowReader:
             else:
                 rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
         return rows
-
-    def _block_bytes(self, number: int) -> bytes:
-        """Read all bytes of a block; see `ReadBytes`."""
-        blocks = self._source.blocks
-        shard = int(blocks.shard[number])
-        self._guard.use(shard)
-        first_row = int(blocks.first_row[number])
-        self.place.enter(READ, shard, first_row, first_row + int(blocks.rows[number]) - 1)
-        return self._files.read_bytes(shard, int(blocks.offset[number]), int(blocks.length[number]))
 
     def _enter_shard(self, documents: Documents, shard: int, first: int, last: int) -> None:
         """Record that rows of one shard are read, from document `first` to document `last`."""
@@ -271,8 +289,6 @@ class RowReader:
     def _limit_blocks(self) -> None:
         """Leave the memory that rows do not take to decoded blocks."""
         rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
-        if self._small_blocks is not None:
-            rows_bytes += self._small_blocks.num_bytes
         self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
 
     def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
@@ -343,7 +359,29 @@ class RowReader:
         return shard
 
 
-def _texts(decoder: RowDecoder, rows: Sequence[bytes]) -> list[Any]:
-    """Decode rows to texts, some rows at a time."""
-    groups = (decoder.documents(rows[first : first + ROWS_AT_ONCE]) for first in range(0, len(rows), ROWS_AT_ONCE))
-    return list(chain.from_iterable(groups))
+def encoded_groups(rows: EncodedRows, numbers: NDArray[np.intp]) -> Iterator[list[Row]]:
+    """Return the bytes of some rows, those that are decoded together at a time."""
+    return row_groups(rows.memory, rows.own, rows.first[numbers].tolist(), rows.stop[numbers].tolist())
+
+
+def row_groups(memory: memoryview, own: Sequence[bytes], first: list[int], stop: list[int]) -> Iterator[list[Row]]:
+    """Return the bytes of rows, those that are decoded together at a time; see `EncodedRows`."""
+    for begin in range(0, len(first), DECODED_AT_ONCE):
+        group = slice(begin, begin + DECODED_AT_ONCE)
+        yield [memory[a:b] if b else own[a] for a, b in zip(first[group], stop[group], strict=True)]
+
+
+def distinct_shards(shards: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return each shard once, of shards in ascending order."""
+    return shards[np.flatnonzero(np.diff(shards, prepend=-1))]
+
+
+def _mapped_texts(decoder: RowDecoder, rows: MappedPlaces) -> list[Any]:
+    """Decode rows in mapped memory to texts, some rows at a time."""
+    texts: list[Any] = []
+    first = rows.first.tolist()
+    stop = rows.stop.tolist()
+    for begin in range(0, len(first), TEXTS_AT_ONCE):
+        group = slice(begin, begin + TEXTS_AT_ONCE)
+        texts += decoder.documents([rows.memory[a:b] for a, b in zip(first[group], stop[group], strict=True)])
+    return texts

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, shared_bytes
+from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, shared_bytes, spanning_memory
 
 __all__ = ["MAX_MAPPED_FILES", "FilesMemory", "MappedFiles", "file_groups", "map_array"]
 
@@ -66,7 +65,7 @@ class FilesMemory:
 
     tokens: NDArray[Any]
     """The memory from the first token of the file with the lowest address to the last token of that with the highest.
-    Read only what belongs to a file, or position 0."""
+    Read only what belongs to a file, or position 0. The files stay mapped as long as a view of it exists."""
     first: Ints
     """Position of the first token of each file; meaningless for files that are not mapped, or have another type."""
 
@@ -132,6 +131,10 @@ class MappedFiles:
         """Return the size of each of some files, or of one; 0 for those that were never mapped."""
         return self._num_bytes[files]
 
+    def is_mapped(self, files: Any) -> Any:
+        """Return a mask of the files, among some, that are mapped."""
+        return self._is_mapped[files]
+
     def addresses(self, files: NDArray[np.integer[Any]]) -> Ints:
         """Return the address of the first byte of each of some mapped files."""
         addresses: Ints = self._address[files]
@@ -152,12 +155,10 @@ class MappedFiles:
         if type_number not in self._memory:
             dtype = self._types[type_number]
             files = np.flatnonzero(self._is_mapped & (self._type == type_number))
-            lowest = int(files[np.argmin(self._address[files])])
-            low = int(self._address[lowest])
+            low = int(self._address[files].min())
             # One token stands for an empty file.
             high = int((self._address[files] + np.maximum(self._num_bytes[files], dtype.itemsize)).max())
-            shape = ((high - low) // dtype.itemsize,)
-            tokens = as_strided(self._files[lowest][:1], shape=shape, strides=(dtype.itemsize,), writeable=False)
+            tokens = spanning_memory(low, high, tuple(self._files.values())).view(dtype)
             self._memory[type_number] = FilesMemory(tokens, (self._address - low) // dtype.itemsize)
         return self._memory[type_number]
 

@@ -15,6 +15,8 @@ PAUSE_PER_DURATION = 19.0
 """Length of the pause after a comparison, as a multiple of its duration: comparisons take 1 / 20 of the time."""
 MAX_PAUSE_S = 10.0
 """The longest pause. It ends the bound of 5 % where a comparison takes more than half a second."""
+LATE_S = 0.1
+"""Reads that are this much later than the end of a pause are slow: another comparison delays nothing."""
 
 
 class ComparisonPace:
@@ -39,6 +41,10 @@ class ComparisonPace:
         if self._skipped_s is None:
             self._skipped_s = now_s
         return False
+
+    def is_late(self) -> bool:
+        """Return True if a comparison has been due for a long time, so that files may have changed since the last."""
+        return self._clock() >= self._next_s + LATE_S
 
     def measure(self, compare: Callable[[], None]) -> None:
         """Call `compare`, and set the time of the next comparison unless it raises."""
