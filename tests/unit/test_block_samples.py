@@ -1,5 +1,8 @@
 """Samples of blocks in memory: read once, sorted by domain, within a byte budget."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -9,6 +12,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.index.build.build import build_index
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +28,9 @@ class CountedReads:
         self.counts = np.zeros(len(source.blocks), np.int64)
         self._read = source.make_block_reader()
 
-    def __call__(self, blocks: NDArray[np.int32]) -> SampleColumns:
+    def __call__(self, blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         self.counts[blocks] += 1
-        return self._read(blocks)
+        return self._read(blocks, only_sizes=only_sizes)
 
 
 def visits(source: Source) -> list[NDArray[np.int32]]:
@@ -65,3 +70,35 @@ def test_memory_is_bounded_and_every_domain_is_found(source: Source, num_blocks:
                 assert np.array_equal(samples.columns["length"][first[own] : stop[own]], columns.length[rows])
     # Blocks are read again only where they do not fit.
     assert (read.counts.max() > 1) == (num_blocks < 2)
+
+
+def test_domains_of_blocks_with_one_domain_are_not_read(tmp_path: Path) -> None:
+    """Blocks of `a` and `b` have one domain each, those of `mixed` have both, and one sample of `b` is dropped."""
+    for name, sources in {"a": "aaaaaa", "b": "bbbbbb", "mixed": "abababab"}.items():
+        rows = [{"text": f"{name} {row}", "s": source, "n": row} for row, source in enumerate(sources)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.root={tmp_path}", f"index.path={tmp_path / 'i.h5'}", "index.block_rows=4", "mixture.unit=samples"]
+    words += ["data.properties.s=s", "data.properties.n={path:n,kind:number}", "mixture.group_by=[s]"]
+    config = compose([*words, "dataplane.global_batch_size=1"])
+    build_index(config)
+    drop = SampleSubset(drop=("s == 'b' and n == 5",))
+    source = open_source(config, Local(), subset=drop)
+    # Blocks: a 4 and 2 rows, b 4 and 2, mixed 4 and 4.
+    assert source.layout.only_domains().tolist() == [0, 0, 1, -1, -1, -1]
+
+    read = source.make_block_reader()
+    sizes_of: dict[int, bool] = {}
+
+    def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
+        sizes_of.update(dict.fromkeys(blocks.tolist(), only_sizes))
+        return read(blocks, only_sizes=only_sizes)
+
+    samples = BlockSamples(source.layout, counted, source.domain_of, source.is_not_dropped, 1 << 20)
+    block, domain, row = samples.samples_of(np.arange(6, dtype=np.int32))
+    assert sizes_of == {0: True, 1: True, 2: True, 3: False, 4: False, 5: False}
+    served = set(zip(block.tolist(), domain.tolist(), row.tolist(), strict=True))
+    whole = {(number, 0, row) for number, rows in ((0, 4), (1, 2)) for row in range(rows)}
+    whole |= {(2, 1, row) for row in range(4)} | {(3, 1, 0)}
+    mixed = {(number, row % 2, row) for number in (4, 5) for row in range(4)}
+    # Row 1 of block 3 and row 1 of block 5 have n = 5.
+    assert served == whole | mixed - {(5, 1, 1)}

@@ -38,9 +38,9 @@ def test_the_window_cache_stays_within_its_budget(
     read = source.make_block_reader()
     reads = []
 
-    def counted(blocks: NDArray[np.int32]) -> SampleColumns:
+    def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         reads.append(blocks)
-        return read(blocks)
+        return read(blocks, only_sizes=only_sizes)
 
     streams = DomainStreams(source.layout, counted, source.domain_of)
     for _, item in zip(range(6), visits(source), strict=False):
@@ -61,9 +61,9 @@ def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(sour
     read = source.make_block_reader()
     reads = []
 
-    def counted(blocks: NDArray[np.int32]) -> SampleColumns:
+    def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         reads.append(len(blocks))
-        return read(blocks)
+        return read(blocks, only_sizes=only_sizes)
 
     end = int(source.layout.epoch_order(0, 0).starts[1])
     # Windows are blocks. After the first items, most of the window remains; after its last item, nothing does.
@@ -87,8 +87,8 @@ def test_epochs_of_permuted_sequences_share_their_windows(collection: list[str])
 def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: Source) -> None:
     read = source.make_block_reader()
 
-    def wrong(blocks: NDArray[np.int32]) -> SampleColumns:
-        columns = read(blocks)
+    def wrong(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
+        columns = read(blocks, only_sizes=only_sizes)
         return replace(columns, tokens=columns.tokens + 1)
 
     streams = DomainStreams(source.layout, wrong, source.domain_of)

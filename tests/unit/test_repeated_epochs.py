@@ -73,8 +73,8 @@ def test_a_damaged_domain_is_refused_every_time(source: Source) -> None:
     """A read that fails is repeated step by step."""
     read = source.make_block_reader()
 
-    def wrong(blocks: NDArray[np.int32]) -> SampleColumns:
-        columns = read(blocks)
+    def wrong(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
+        columns = read(blocks, only_sizes=only_sizes)
         return replace(columns, tokens=columns.tokens + 1)
 
     streams = DomainStreams(source.layout, wrong, source.domain_of)

@@ -56,9 +56,9 @@ class Reader:
         self.blocks: list[int] = []
         read = source.make_block_reader()
 
-        def counted(blocks: NDArray[np.int32]) -> SampleColumns:
+        def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
             self.blocks += blocks.tolist()
-            return read(blocks)
+            return read(blocks, only_sizes=only_sizes)
 
         shared = None if fd is None else SharedWindows(fd, selection)
         self.streams = DomainStreams(source.layout, counted, source.domain_of, shared=shared)

@@ -4,7 +4,6 @@ It knows how large each domain is, in which order its samples come, and which by
 and only by the ranks that serve them: a rank opens the index file when it first needs the samples of a block.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +29,7 @@ from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, Mix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
+from mixtera_hpc.dataplane.reading.lookup.block_samples import ReadBlocks
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
@@ -190,8 +190,8 @@ class Source:
         served = self.stream_version.origins[ended] + cursors[ended] * self.grid.stride + behind
         return int((items - served).sum())
 
-    def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
-        """Return a function that reads the sample columns of some blocks, one block after the other."""
+    def make_block_reader(self) -> ReadBlocks:
+        """Return a function that reads the sample columns of some blocks."""
         # Nothing is opened yet: many ranks never read some of several indexes.
         reader = open_samples(self.index.sample_sources)
         blocks = self.blocks
@@ -201,13 +201,14 @@ class Source:
         numbers = self.selection.predicate.numbers | self.selection.assignment.numbers
         if self.drop_filter is not None:
             numbers |= self.drop_filter.numbers
-        columns = {"combo", "length", *(f"numbers/{name}" for name in numbers)}
-        if self.layout.in_tokens:
-            columns.add("tokens")
+        sizes = {"length", "tokens"} if self.layout.in_tokens else {"length"}
+        columns = {*sizes, "combo", *(f"numbers/{name}" for name in numbers)}
 
-        def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
+        def read_blocks(chosen: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
             first_samples = blocks.first_sample[chosen].tolist()
-            samples = reader.read_many(first_samples, blocks.rows[chosen].tolist(), columns)
+            samples = reader.read_many(first_samples, blocks.rows[chosen].tolist(), sizes if only_sizes else columns)
+            if only_sizes:
+                return samples
             if DOCUMENT_NUMBER in numbers:
                 samples = add_document_numbers(samples, blocks, chosen)
             return samples if holdout_keys is None else add_holdout_hashes(samples, holdout_keys, blocks, chosen)

@@ -67,6 +67,14 @@ class StreamLayout:
         """Return where the blocks of `domain` are in the table."""
         return slice(int(self.table.indptr[domain]), int(self.table.indptr[domain + 1]))
 
+    def only_domains(self) -> NDArray[np.int32]:
+        """Return the domain of the blocks whose samples are all in the stream of one domain, -1 for others."""
+        domains = np.full(len(self.blocks), -1, np.int32)
+        is_whole = self.table.rows == self.blocks.rows[self.table.block]
+        of_entry = np.repeat(np.arange(self.table.num_domains, dtype=np.int32), np.diff(self.table.indptr))
+        domains[self.table.block[is_whole]] = of_entry[is_whole]
+        return domains
+
     def added_tokens(self, blocks: NDArray[np.int32]) -> Ints:
         """Return the special tokens that are added to each document of these blocks; shape (len(blocks),)."""
         if self.chat_blocks is None:
