@@ -5,7 +5,8 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import session
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading import prefetcher as prefetcher_module
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
@@ -25,6 +27,9 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
+
+NOTHING = np.zeros(0, np.int64)
+EMPTY_PLAN = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=NOTHING, lags=NOTHING, weights=NOTHING)
 
 
 @pytest.fixture(scope="module")
@@ -130,41 +135,44 @@ def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> 
         def close(self) -> None:
             closed.set()
 
-    none = np.zeros(0, np.int64)
     prefetcher = Prefetcher(SlowMaker(), 1)
-    plan = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=none, lags=none, weights=none)
-    prefetcher.submit(plan, 0)
+    prefetcher.submit(EMPTY_PLAN, 0)
     prefetcher.close(timeout_s=0)
     assert not closed.is_set()
     returns.set()
     assert closed.wait(timeout=600)
 
 
+class EndlessMaker:
+    """Makes empty batches, and calls functions before and after each of them."""
+
+    places = ()
+
+    def __init__(self, before: Callable[[int], object], after: Callable[[], object] = lambda: None) -> None:
+        self._before = before
+        self._after = after
+
+    def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+        for step in itertools.count():
+            self._before(step)
+            yield Batch(
+                step=step,
+                domain_ids=NOTHING,
+                positions=NOTHING,
+                tokens=np.zeros((0, 0), np.int64),
+                loss_mask=np.zeros((0, 0), np.bool_),
+                document_ids=np.zeros((0, 0), np.int32),
+            )
+            self._after()
+
+    def close(self) -> None:
+        pass
+
+
 def test_no_more_batches_are_prepared_than_asked_for() -> None:
-    none = np.zeros(0, np.int64)
     made: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    class EndlessMaker:
-        places = ()
-
-        def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
-            for step in itertools.count():
-                made.put(step)
-                yield Batch(
-                    step=step,
-                    domain_ids=none,
-                    positions=none,
-                    tokens=np.zeros((0, 0), np.int64),
-                    loss_mask=np.zeros((0, 0), np.bool_),
-                    document_ids=np.zeros((0, 0), np.int32),
-                )
-
-        def close(self) -> None:
-            pass
-
-    prefetcher = Prefetcher(EndlessMaker(), 3)
-    plan = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=none, lags=none, weights=none)
-    prefetcher.submit(plan, 0)
+    prefetcher = Prefetcher(EndlessMaker(before=made.put), 3)
+    prefetcher.submit(EMPTY_PLAN, 0)
     for step in range(5):
         batch = prefetcher.get(timeout_s=600)
         assert batch is not None
@@ -174,6 +182,25 @@ def test_no_more_batches_are_prepared_than_asked_for() -> None:
     prefetcher.close()
     assert prefetcher.num_ready == 3
     assert made.empty()
+
+
+def test_a_batch_that_the_trainer_waits_for_is_taken_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetcher_module, "HAND_OVER_S", 600)
+    has_begun = threading.Event()
+    ready_after: list[int] = []
+
+    def wait_for_trainer(step: int) -> None:
+        has_begun.wait()
+        while step < 5 and not prefetcher._is_awaited:
+            time.sleep(1e-4)
+
+    prefetcher = Prefetcher(EndlessMaker(wait_for_trainer, lambda: ready_after.append(prefetcher.num_ready)), 3)
+    has_begun.set()
+    prefetcher.submit(EMPTY_PLAN, 0)
+    for _ in range(5):
+        assert prefetcher.get(timeout_s=600) is not None
+    prefetcher.close()
+    assert ready_after[:5] == [0] * 5
 
 
 def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:

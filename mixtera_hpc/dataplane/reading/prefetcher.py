@@ -2,6 +2,9 @@
 
 The thread expands plans, reads, decompresses, tokenizes and packs. It never calls MPI. It stays at most
 `prefetch_batches` ahead of the trainer. An error in it is raised in the main thread, at the step it belongs to.
+
+While the trainer waits for a batch, the thread pauses until it has taken it. Otherwise both would compete for the
+interpreter's lock, which a thread keeps for 5 ms, and several batches would leave the cache before they are used.
 """
 
 import queue
@@ -13,6 +16,9 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource, with_samples
 
 __all__ = ["Prefetcher"]
+
+HAND_OVER_S = 0.01
+"""Seconds for which the thread waits at most until a batch that the trainer waits for is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ class Prefetcher:
         self._end: _EndOfData | BaseException | None = None
         """End or error that came instead of another batch; `get` repeats it."""
         self._is_stopping = False
+        self._is_awaited = False
+        """True while the trainer's thread waits for a batch."""
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
 
@@ -98,10 +106,18 @@ class Prefetcher:
             queue.Empty: there is none within `timeout_s`.
         """
         with self._has_batch:
-            if not self._ready and not self._has_batch.wait_for(lambda: self._ready, timeout_s):
+            if not self._ready and not self._await_batch(timeout_s):
                 raise queue.Empty
             self._has_room.notify()
             return self._ready.popleft()
+
+    def _await_batch(self, timeout_s: float) -> bool:
+        """Wait for a batch; the lock is held. Return False if none has come within `timeout_s`."""
+        self._is_awaited = True
+        try:
+            return self._has_batch.wait_for(lambda: len(self._ready) > 0, timeout_s)
+        finally:
+            self._is_awaited = False
 
     def _run(self) -> None:
         try:
@@ -127,4 +143,7 @@ class Prefetcher:
                 return False
             self._ready.append(item)
             self._has_batch.notify()
+            if self._is_awaited:
+                # Gives up the interpreter's lock.
+                self._has_room.wait_for(lambda: self._is_stopping or not self._ready, HAND_OVER_S)
         return True
