@@ -22,7 +22,7 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSam
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
-from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
+from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays, keep_freed_memory
 from mixtera_hpc.dataplane.reading.sample_transform import (
     CostedSample,
     ServedSample,
@@ -73,6 +73,7 @@ class BatchMaker:
         Raises:
             ConfigError: `data.transform` cannot be imported.
         """
+        keep_freed_memory()
         self._source = source
         self._slice = batch_slice
         self._items_per_read = items_per_read(source)

@@ -16,10 +16,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BatchMemory", "MemoryShape", "TokenArrays"]
+__all__ = ["BatchMemory", "MemoryShape", "TokenArrays", "keep_freed_memory"]
 
 ALIGNMENT = 64
 """Bytes of a cache line: arrays begin at one."""
+LARGEST_HEAP_BLOCK = (32 << 20) - (64 << 10)
+"""Bytes of a block that glibc may take from its heap, at most: 32 MiB with its own header."""
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator of this process keep up to 64 MiB of freed memory at the end of a heap, for the next batches.
+
+    glibc returns this memory to the system when it exceeds twice the largest block that was mapped by itself and freed
+    (`M_MMAP_THRESHOLD` in mallopt(3)). The system then clears all pages again, which takes longer than to write a
+    batch. To free one large block, which is never written, has the effect. A trainer has nearly always done so before,
+    and other allocators are not changed.
+    """
+    np.empty(LARGEST_HEAP_BLOCK, np.uint8)
 
 
 class TokenArrays(NamedTuple):
