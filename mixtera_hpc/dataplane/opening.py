@@ -23,12 +23,14 @@ from mixtera_hpc.dataplane.reading.rank_layout import (
 )
 from mixtera_hpc.dataplane.reading.residency.decode_cost import check_job
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 from mixtera_hpc.launch.attempts import batch_script_attempt
+from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding
 from mixtera_hpc.track.tracker import NullTracker, Tracker, open_tracker
 
 __all__ = ["OpenOptions", "RankLayout", "open_or_end_job"]
@@ -110,6 +112,8 @@ def _open_resources(
     is_root = comm.rank == 0
     subset = subset_of_run(options.folder if is_root else None, options.split)
     source = open_source(pinned, comm, subset=subset)
+    if is_root and source.layout.in_tokens and not blocks_with_tokens(source).all():
+        warn_of_slow_encoding(source.tokenizer)
     # Every rank comes to the same result.
     check_job(source, comm.size, comm.local_size)
     if group is not None and config.dataplane.delivery == "lead":

@@ -267,8 +267,17 @@ def _gigatoken_encode(content: Mapping[str, Any]) -> Encode:
 class HuggingFaceTokenizer(_LibraryTokenizer):
     """`Tokenizer` over Hugging Face's `tokenizers`; about 50 times slower than gigatoken."""
 
-    def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings = _DEFAULTS) -> None:
+    def __init__(
+        self,
+        definition: bytes | TokenizerDefinition,
+        settings: EncodingSettings = _DEFAULTS,
+        *,
+        slow_because: str | None = None,
+    ) -> None:
+        """Load a tokenizer, which gigatoken does not encode for the reason `slow_because`."""
         import tokenizers  # Heavy, and only this class needs it.
+
+        self.slow_because = slow_because
 
         super().__init__(definition, settings)
         self._tokenizer = tokenizers.Tokenizer.from_buffer(self._definition.raw)
@@ -347,15 +356,20 @@ def _load_with_huggingface(
 ) -> Tokenizer:
     """Load a tokenizer that gigatoken refuses with the error `first`."""
     try:
-        return HuggingFaceTokenizer(definition, settings)
+        return HuggingFaceTokenizer(definition, settings, slow_because=_first_line(first))
     except BaseException as second:
         if not _is_refusal(second):
             raise
-        reason = str(second).strip().splitlines() or [str(first)]
+        reason = _first_line(second) or _first_line(first)
         raise ConfigError(
-            f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {reason[0]}.\n"
+            f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {reason}.\n"
             "  Give the path of a Hugging Face tokenizer.json, or of the folder that has one."
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -6,6 +6,8 @@ Price: one broadcast of the run folder's path.
 """
 
 import contextlib
+import faulthandler
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,6 +61,9 @@ def run_attempt(comm_kind: str, prepare: PrepareAttempt) -> int:
         prepare: What rank 0 does first. If it raises, all ranks end.
     """
     require_package("torch")  # Refused here, before a run folder exists.
+    if sys.__stderr__ is not None:
+        # A fatal signal then leaves the stack in the log: SIGBUS ends a rank that reads a file which was truncated.
+        faulthandler.enable(sys.__stderr__)
     try:
         comm = open_communicator(comm_kind, creates_group=True)
     except MixteraError:

@@ -173,8 +173,10 @@ def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("another modification time than in the index") == 1
 
 
-def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_run_with_a_cure(tmp_path: Path) -> None:
-    """The kernel ends the process before it can compare the file."""
+def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_run_with_a_cure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel ends the process before it can compare the file. The log has its stack."""
     (shard,) = (path for path in written("megatron", tmp_path / "data") if path.suffix == ".bin")
     config = configured("megatron", tmp_path / "data")
     config = replace(config, dataplane=replace(config.dataplane, workers=1))
@@ -182,6 +184,7 @@ def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_r
     assert isinstance(error, DataError)
     assert "ended by signal 7" in str(error)
     assert "was truncated while it was read" in str(error)
+    assert "Fatal Python error: Bus error" in capfd.readouterr().err
 
 
 @pytest.fixture

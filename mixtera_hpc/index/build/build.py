@@ -31,6 +31,7 @@ from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_result import ScanResult
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings, scan_unit
 from mixtera_hpc.index.shards import Shard
+from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["build_index", "check_bucket_numbers", "plan_shards", "scan_of_set", "scan_settings", "shard_scan_job"]
@@ -67,6 +68,7 @@ def build_index(
     if comm.rank > 0:
         return _with_store(follow_index_job(job, comm, BuildReport), maker)
 
+    warn_of_slow_encoding(settings.tokenizer)
     request = BuildRequest(config=config, settings=settings, began_s=began_s)
     plan = plan_shards(settings, discover_shards(config.data))
 

@@ -42,6 +42,7 @@ from mixtera_hpc.index.scan.unit_scan import ScanSettings
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 from mixtera_hpc.index.token_store.store_job import StoreReport
 from mixtera_hpc.index.token_store.store_state import KeptRows
+from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding
 
 __all__ = ["RefreshReport", "refresh_index"]
 
@@ -113,6 +114,7 @@ def refresh_index(
     if comm.rank > 0:
         return _with_store(follow_index_job(job, comm, RefreshReport), maker)
 
+    warn_of_slow_encoding(settings.tokenizer)
     # The shards may have moved since the build; only the configured folders count.
     roots = {name: str(root) for name, root in settings.roots.items()}
     with open_index(config.index.path, roots, max_bytes=config.data.largest_block_bytes()) as index:

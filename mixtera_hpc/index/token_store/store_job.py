@@ -31,6 +31,7 @@ from mixtera_hpc.index.token_store.store_files import StoreFiles, store_folder
 from mixtera_hpc.index.token_store.store_layout import StoreLayout
 from mixtera_hpc.index.token_store.store_state import KeptRows, StoreJob, StorePlan, complete_store, prepare_store
 from mixtera_hpc.index.token_store.unit_writer import SpooledBlocks, UnitWriter
+from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["SpooledResult", "StoreReport", "StoreSources", "write_store"]
@@ -100,6 +101,7 @@ def write_store(
             _write_units(_UnitQueue(index, tokenizer, files, job), comm, None)
         else:
             check_fresh(index)
+            warn_of_slow_encoding(tokenizer)
             sources = sources or StoreSources()
             _make_folder(files)
             with build_lock(files.folder), _explain_disk_errors(files):

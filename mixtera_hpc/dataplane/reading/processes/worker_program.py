@@ -1,6 +1,7 @@
 """The program of a reading process: it makes batches with a `BatchMaker` when its rank asks for them."""
 
 import ctypes
+import faulthandler
 import os
 import pickle
 import signal
@@ -43,6 +44,9 @@ samples. They are sent after the answer: for each batch the number of its pickle
 
 def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
     """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
+    if sys.__stderr__ is not None:
+        # A fatal signal, such as SIGBUS for a file that was truncated, leaves the stack in the log.
+        faulthandler.enable(sys.__stderr__)
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The mask was inherited from the rank; blocked signals would stay pending for ever.
