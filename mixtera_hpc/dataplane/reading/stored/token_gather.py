@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.block_requests import BlockRequests
+from mixtera_hpc.dataplane.reading.stored.block_loads import BlockLoads
 from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces, Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
 from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
@@ -52,7 +52,7 @@ class TokenGather:
         # The files of the stores have the numbers after the shards.
         self._files = MappedFiles(self._num_shards + len(source.index.token_stores), self._map_file)
         self._places = DocumentPlaces(source, self._is_stored, self._files)
-        self._requests = BlockRequests(source, self._places.is_in_shard, self._files)
+        self._loads = BlockLoads(source, self._places.is_in_shard, self._files)
 
     def is_stored(self, documents: Documents) -> NDArray[np.bool_]:
         """Return which documents are stored as token ids; shape (n,)."""
@@ -84,7 +84,7 @@ class TokenGather:
             types = self._files.map(files)
             # Each integer type has an array of its own.
             if (types == types[0]).all():
-                self._requests.request(documents)
+                self._loads.load(documents)
                 return self._copies(documents, places, sizes, int(types[0]))
         return ReadTokens(self._read_by_type(documents, places), sizes)
 
@@ -107,7 +107,7 @@ class TokenGather:
         for group in file_groups(places.file):
             positions = np.arange(len(lengths))[group]
             types = self._files.map(places.file[positions])
-            self._requests.request(documents.select(positions))
+            self._loads.load(documents.select(positions))
             for number in np.unique(types).tolist():
                 chosen = positions[types == number]
                 own_documents = documents.select(chosen)

@@ -1,6 +1,8 @@
-"""Blocks of token files are requested from the file system before documents are copied from them."""
+"""Blocks of token files are loaded from the file system before documents are copied from them."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.reading.stored import block_requests
-from mixtera_hpc.dataplane.reading.stored.block_requests import REPEAT_AFTER_S, BlockRequests
+from mixtera_hpc.dataplane.reading.stored import block_loads
+from mixtera_hpc.dataplane.reading.stored.block_loads import REPEAT_AFTER_S, BlockLoads
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.readers.megatron import MegatronFormat
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.megatron import write_megatron
@@ -45,10 +48,10 @@ def source(tmp_path: Path) -> Source:
 
 
 @pytest.fixture
-def requested(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Address and size of every request."""
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Address and size of every load."""
     ranges: list[tuple[int, int]] = []
-    monkeypatch.setattr(block_requests, "request_pages", lambda *place: ranges.append(place))
+    monkeypatch.setattr(block_loads, "load_pages", lambda *place: ranges.append(place))
     yield ranges
 
 
@@ -63,47 +66,47 @@ def files_of(source: Source) -> MappedFiles:
     return files
 
 
-def test_the_blocks_of_a_read_are_requested_once_for_a_while(source: Source, requested: list[tuple[int, int]]) -> None:
+def test_the_blocks_of_a_read_are_loaded_once_for_a_while(source: Source, loaded: list[tuple[int, int]]) -> None:
     documents = some_documents(source)
     files = files_of(source)
     now_s = 50.0
     is_in_shard = np.ones(len(source.blocks), np.bool_)
-    requests = BlockRequests(source, is_in_shard, files, clock=lambda: now_s)
-    requests.request(documents)
+    loads = BlockLoads(source, is_in_shard, files, clock=lambda: now_s)
+    loads.load(documents)
     blocks = np.unique(documents.block)
     addresses = files.addresses(source.blocks.shard[blocks]) + source.blocks.offset[blocks]
-    assert requested == list(zip(addresses.tolist(), source.blocks.length[blocks].tolist(), strict=True))
-    requests.request(documents)
-    assert len(requested) == len(blocks) < len(documents.block)
+    assert loaded == list(zip(addresses.tolist(), source.blocks.length[blocks].tolist(), strict=True))
+    loads.load(documents)
+    assert len(loaded) == len(blocks) < len(documents.block)
     now_s += REPEAT_AFTER_S
-    requests.request(documents)
-    assert len(requested) == 2 * len(blocks)
+    loads.load(documents)
+    assert len(loaded) == 2 * len(blocks)
 
 
-def test_of_large_blocks_only_the_documents_are_requested(
-    source: Source, requested: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+def test_of_large_blocks_only_the_documents_are_loaded(
+    source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_requests, "MAX_BLOCK_BYTES", 0)
+    monkeypatch.setattr(block_loads, "MAX_BLOCK_BYTES", 0)
     documents = some_documents(source)
     files = files_of(source)
-    requests = BlockRequests(source, np.ones(len(source.blocks), np.bool_), files)
+    loads = BlockLoads(source, np.ones(len(source.blocks), np.bool_), files)
     block = documents.block
     addresses = files.addresses(source.blocks.shard[block]) + source.blocks.offset[block] + documents.offset
     for repeated in (1, 2):
-        requests.request(documents)
-        assert requested == repeated * list(zip(addresses.tolist(), documents.length.tolist(), strict=True))
+        loads.load(documents)
+        assert loaded == repeated * list(zip(addresses.tolist(), documents.length.tolist(), strict=True))
 
 
-def test_blocks_in_stores_are_not_requested(source: Source, requested: list[tuple[int, int]]) -> None:
-    BlockRequests(source, np.zeros(len(source.blocks), np.bool_), files_of(source)).request(some_documents(source))
-    assert not requested
+def test_blocks_in_stores_are_not_loaded(source: Source, loaded: list[tuple[int, int]]) -> None:
+    BlockLoads(source, np.zeros(len(source.blocks), np.bool_), files_of(source)).load(some_documents(source))
+    assert not loaded
 
 
-def test_a_reader_requests_what_it_copies(source: Source, requested: list[tuple[int, int]]) -> None:
+def test_a_reader_loads_what_it_copies(source: Source, loaded: list[tuple[int, int]]) -> None:
     documents = some_documents(source)
     with contextlib.closing(DocumentReader(source)) as reader:
         reader.prepare(documents, [int(documents.wanted.sum())])
-    assert len(requested) == len(np.unique(documents.block))
+    assert len(loaded) == len(np.unique(documents.block))
 
 
 def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> None:
@@ -114,3 +117,28 @@ def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> 
     (number,) = (i for i, text in enumerate(mappings) if str(path) in text)
     assert " rr " in mappings[number + 1].splitlines()[0], "MADV_RANDOM is not set"
     assert len(tokens)
+
+
+def test_a_shard_that_is_truncated_while_it_is_mapped_is_refused(source: Source) -> None:
+    documents = some_documents(source)
+    with contextlib.closing(DocumentReader(source)) as reader:
+        # Maps both shards.
+        few = documents.select(np.unique(source.blocks.shard[documents.block], return_index=True)[1])
+        reader.prepare(few, [int(few.wanted.sum())])
+        for name in "ab":
+            os.truncate(Path(source.index.data_root) / f"{name}.bin", 0)
+        for _ in range(2):
+            with pytest.raises(DataError, match="it is shorter than before, or cannot be read"):
+                reader.prepare(documents, [int(documents.wanted.sum())])
+
+
+def test_a_kernel_without_the_call_is_no_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def refuse(address: int, num_bytes: int) -> None:
+        calls.append(address)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(block_loads, "load_pages", refuse)
+    BlockLoads(source, np.ones(len(source.blocks), np.bool_), files_of(source)).load(some_documents(source))
+    assert len(calls) == 1
