@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
 from mixtera_hpc.core.packing.micro_batches import cut_by_budget, fill_micro_batches
+from mixtera_hpc.core.packing.sequences_ahead import SequencesAhead
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.step_slots import StepSlots
@@ -76,6 +77,7 @@ class BatchMaker:
         keep_freed_memory()
         self._source = source
         self._slice = batch_slice
+        self._sequences = SequencesAhead(source.lanes)
         self._items_per_read = items_per_read(source)
         self._audit = audit
         self._compare_every_read = compare_every_read
@@ -170,7 +172,7 @@ class BatchMaker:
             own = [self._slice.positions(size) for size in sizes]
             slots = StepSlots.of_steps([step.select(rows) for step, rows in zip(whole.steps(), own, strict=True)])
         domain = slots.together.domain.astype(np.int64)
-        number = self._source.lanes.sequences(slots.together)
+        number = self._sequences.sequences(slots.together)
         return [
             _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
             for step, size, (begin, end), rows in zip(steps, sizes, pairwise(slots.borders), micro_batches, strict=True)
