@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.residency.open_shards import max_open_shards
 from mixtera_hpc.dataplane.reading.rows import mapped_rows
-from mixtera_hpc.dataplane.reading.rows.mapped_rows import MappedRows
+from mixtera_hpc.dataplane.reading.rows.mapped_rows import MappedPlaces, MappedRows
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
@@ -142,25 +143,36 @@ def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_reads")
-def test_each_window_loads_a_block_at_most_once_in_bounded_memory(
+def test_blocks_are_loaded_in_bounded_memory_as_long_as_it_pays(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, data=replace(config.data, cache_bytes=120_000))
+    """All rows of the data are one window, of which a third fits into the budget."""
+    config = replace(config, data=replace(config.data, cache_bytes=180_000))
+    budget = 90_000
     released: list[int] = []
-    sizes: list[int] = []
+    loaded: list[int] = []
+    served_bytes: list[int] = []
     monkeypatch.setattr(mapped_rows, "release_pages", lambda address, num_bytes: released.append(num_bytes))
+    monkeypatch.setattr(mapped_rows, "load_pages", lambda address, num_bytes: loaded.append(num_bytes))
+    find = MappedRows.find
+
+    def record_bytes(self: MappedRows, *arguments: Any) -> MappedPlaces:
+        found = find(self, *arguments)
+        served_bytes.append(int((found.stop - found.first).sum()))
+        return found
 
     def record(maker: BatchMaker) -> None:
         mapped = mapped_of(maker)
         assert mapped.num_bytes == int(mapped._blocks.length[mapped._is_loaded].sum())
-        sizes.append(mapped.num_bytes)
+        assert mapped.num_bytes == sum(loaded) - sum(released)
+        assert 0 < mapped.num_bytes <= budget
 
-    contents, num_loads = served(config, after=record)
+    monkeypatch.setattr(MappedRows, "find", record_bytes)
+    contents, _ = served(config, after=record)
+    monkeypatch.setattr(MappedRows, "find", find)
     assert contents == positioned(config)
-    assert 0 < max(sizes) <= 60_000
     assert released
-    # There are two epochs of one domain.
-    assert num_loads <= 2 * len(open_source(config, Local()).blocks.rows)
+    assert 0 < sum(loaded) <= budget + sum(served_bytes) / mapped_rows.MIN_DENSITY
 
 
 def test_released_blocks_leave_the_memory_of_the_process(tmp_path: Path) -> None:
@@ -190,7 +202,7 @@ def test_released_blocks_leave_the_memory_of_the_process(tmp_path: Path) -> None
         (["dataplane.lanes=2"], BATCH, True),
     ],
 )
-def test_windows_that_serve_few_of_their_rows_load_no_blocks(
+def test_blocks_of_which_few_rows_are_served_are_not_loaded(
     words: list[str], num_groups: int, is_loaded: bool, tmp_path: Path
 ) -> None:
     write_lines(tmp_path)
@@ -231,7 +243,6 @@ def test_where_files_cannot_be_mapped_rows_are_read(
 @pytest.mark.usefixtures("_small_reads")
 def test_more_shards_than_can_be_mapped_take_turns(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped_rows, "MAX_SHARDS", 3)
-    monkeypatch.setattr(mapped_rows, "MAX_WINDOWS", 1)
     config = replace(config, dataplane=replace(config.dataplane, window_bytes=2000, lanes=1))
     numbers: list[int] = []
     contents, num_loads = served(config, after=lambda maker: numbers.append(len(mapped_of(maker)._files._files)))
@@ -248,17 +259,21 @@ def _few_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-@pytest.mark.usefixtures("_few_descriptors")
-def test_with_more_shards_than_may_be_open_small_blocks_are_loaded_for_one_row(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_few_descriptors", "_small_reads")
+@pytest.mark.parametrize(("cache_bytes", "loads_per_block"), [(1 << 30, 1), (60_000, 2)])
+def test_with_more_shards_than_may_be_open_small_blocks_are_loaded_for_one_row(
+    cache_bytes: int, loads_per_block: int, tmp_path: Path
+) -> None:
+    """Where the budget is too small, they are loaded again and again, about once in each of the two epochs."""
     num_shards = 80
     assert num_shards > max_open_shards()
     for number in range(num_shards):
         rows = [row(n) for n in range(number * 12, number * 12 + 12)]
         (tmp_path / f"{number:03}.jsonl").write_text("\n".join(rows))
     words = ["data.properties.tenth=meta.tenth", "query.where=tenth == 3", "index.block_rows=12"]
-    config = built(tmp_path, *WORDS, *ENDS, *words)
+    config = built(tmp_path, *WORDS, *ENDS, *words, f"data.cache_bytes={cache_bytes}")
     contents, num_loads = served(config)
-    assert num_loads == num_shards
+    assert num_loads == pytest.approx(loads_per_block * num_shards, rel=0.2)
     assert contents == positioned(config)
 
 

@@ -1,12 +1,13 @@
 """Rows of plain files as views of memory-mapped files: no system call and no copy per row.
 
 A page fault would hold the interpreter's lock while a file system reads, and an I/O error in it would kill the process.
-So the pages of a block are loaded by a call before a row of it is used. Whole blocks are only loaded for windows that
-serve a good part of their rows, and once per window; all other rows are left to positioned reads. If the loaded blocks
-exceed their budget, the pages of those that were used longest ago are released.
+So the pages of a whole block are loaded by a call before a row of it is used. This is only done for blocks of whose
+rows a good part is selected, and only as long as it pays: with each row that is served from loaded blocks, the reader
+may load `1 / MIN_DENSITY` times its bytes. All other rows are left to positioned reads. If the loaded blocks exceed
+their budget, the pages of those that were used longest ago are released.
 
-Price: about 0.3 µs per row with the decoder's copy, and 25 µs per block of 256 kB that is in the page cache. Reads from
-the file system are at most 1 / `MIN_DENSITY` times the bytes that a window serves.
+Price: about 0.3 µs per row with the decoder's copy, and 35 µs per block of 256 kB that is in the page cache. What is
+read from the file system is at most the budget and `1 / MIN_DENSITY` times the bytes that are served.
 """
 
 import errno
@@ -19,8 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
-from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
-from mixtera_hpc.dataplane.reading.lookup.window_table import WindowTable
 from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, map_array
@@ -33,27 +32,17 @@ __all__ = ["MappedRows"]
 logger = logging.getLogger("mixtera_hpc")
 
 MIN_DENSITY = 0.25
-"""Least part of the rows of a window's blocks that the window serves to this rank if whole blocks are loaded."""
+"""Least part of the rows of a block that this rank serves if the block is loaded as a whole."""
 SMALL_BLOCK_BYTES = 128 << 10
 """Blocks up to this size are loaded for a single row where not all shards may be open: to open a file takes as long."""
 MAX_SHARDS = MAX_MAPPED_FILES // 2
 """Shards that are mapped at the same time; a process has a limit of mappings, see `MAX_MAPPED_FILES`."""
-MAX_WINDOWS = 1 << 14
-"""Windows that are remembered: which of their blocks were loaded."""
 FREED_AT_ONCE = 0.25
 """Part of the budget that is freed when it is exceeded."""
 
 Ints = NDArray[np.int64]
 ReadBytes = Callable[[int, int, int], bytes]
 """A function that reads bytes of a shard, given its number, the first byte and the number of bytes."""
-
-
-class _Window(NamedTuple):
-    """What is known of a window."""
-
-    is_dense: bool
-    loaded: set[int]
-    """Blocks that were loaded for it, or could not be. None of them is loaded for it again."""
 
 
 class MappedPlaces(NamedTuple):
@@ -81,14 +70,19 @@ class MappedRows:
         Args:
             source: the data.
             read_bytes: reads bytes of a shard into the page cache, where the kernel cannot load pages.
-            window_share: part of the rows of each window that this reader serves; the others belong to other ranks.
+            window_share: part of the rows of each window that this rank serves; the others belong to other ranks.
             max_open: shards that may be open.
         """
         index = source.index
         self._blocks = source.blocks
-        self._window_share = window_share
+        self._is_dense = _dense_blocks(source, window_share)
+        self._is_small = np.zeros(0, np.bool_)
+        """Blocks that are loaded in any case; empty if all shards may be open."""
+        if len(index.shard_paths) > max_open:
+            self._is_small = source.blocks.length <= SMALL_BLOCK_BYTES
         self._max_bytes = source.cache_bytes // 2
-        self._are_many = len(index.shard_paths) > max_open
+        self._credit = self._max_bytes
+        """Bytes of blocks that may be loaded, at most the budget: grows with the bytes that are served from blocks."""
         self._read_bytes = read_bytes
         paths = ShardPaths(index.data_root, index.shard_paths)
         self._files = MappedFiles(len(index.shard_paths), partial(_map_shard, paths))
@@ -102,7 +96,6 @@ class MappedRows:
         self._last_use = np.zeros(num_blocks, np.int32)
         """Number of the call in which each block was used last."""
         self._num_calls = 0
-        self._windows: dict[WindowKey, _Window] = {}
         self.num_bytes = 0
         """Bytes of all blocks whose pages are loaded."""
         self.num_loads = 0
@@ -121,9 +114,9 @@ class MappedRows:
             return NOT_MAPPED
         self._num_calls += 1
         self._last_use[block] = self._num_calls
-        missing = np.flatnonzero(~self._is_loaded[block])
-        if len(missing):
-            self._load_for(documents.select(missing), place)
+        is_missing = ~self._is_loaded[block]
+        if is_missing.any():
+            self._load_for(block[is_missing], place)
         offset = documents.offset
         stop = offset + documents.length
         # An index that is wrong may name bytes outside of the block.
@@ -131,48 +124,36 @@ class MappedRows:
         chosen = np.flatnonzero(self._is_loaded[block] & is_inside)
         if not len(chosen):
             return NOT_MAPPED
+        first = offset[chosen]
+        stop = stop[chosen]
+        self._credit = min(self._credit + int((stop - first).sum() / MIN_DENSITY), self._max_bytes)
         memory = self._files.memory(0)
         shift = memory.first[shards[chosen]] + self._blocks.offset[block[chosen]]
-        return MappedPlaces(memory.tokens.data, chosen, shift + offset[chosen], shift + stop[chosen])
+        return MappedPlaces(memory.tokens.data, chosen, shift + first, shift + stop)
 
     def close(self) -> None:
         """Forget all shards. They stay mapped as long as there are views of them."""
         self._files.close()
         self._num_mapped = 0
         self._is_loaded[:] = False
-        self._windows.clear()
         self.num_bytes = 0
 
-    def _load_for(self, documents: Documents, place: ReadPlace) -> None:
-        """Load blocks of documents, none of which is loaded, where this pays."""
-        numbers, inverse = np.unique(documents.window, return_inverse=True)
-        windows = [self._window(documents.windows, number) for number in numbers.tolist()]
-        block = documents.block
-        is_wanted = np.array([window.is_dense for window in windows])[inverse]
-        if self._are_many:
-            is_wanted |= self._blocks.length[block] <= SMALL_BLOCK_BYTES
-        num_blocks = len(self._is_loaded)
-        pairs = np.unique(inverse[is_wanted] * num_blocks + block[is_wanted])
-        wanted: set[int] = set()
-        for window, number in zip((pairs // num_blocks).tolist(), (pairs % num_blocks).tolist(), strict=True):
-            if number not in windows[window].loaded:
-                windows[window].loaded.add(number)
-                wanted.add(number)
-        if wanted:
-            self._load(np.array(sorted(wanted)), place)
+    def _load_for(self, blocks: NDArray[np.int32], place: ReadPlace) -> None:
+        """Load those of some blocks, ascending, for which this pays."""
+        is_wanted = self._is_dense[blocks]
+        if len(self._is_small):
+            is_wanted |= self._is_small[blocks]
+        wanted = blocks[is_wanted]
+        numbers = wanted[np.flatnonzero(np.diff(wanted, prepend=-1))]
+        cost = self._blocks.length[numbers]
+        if len(self._is_small):
+            cost = np.where(self._is_small[numbers], 0, cost)
+        numbers = numbers[np.cumsum(cost) <= self._credit]
+        if len(numbers):
+            self._credit -= int(cost[: len(numbers)].sum())
+            self._load(numbers, place)
 
-    def _window(self, table: WindowTable, number: int) -> _Window:
-        key = table.key(number)
-        if key not in self._windows:
-            block = table[number].block
-            num_rows = int(self._blocks.rows[np.unique(block)].sum())
-            is_dense = self._window_share * len(block) >= MIN_DENSITY * num_rows
-            if len(self._windows) >= MAX_WINDOWS:
-                del self._windows[next(iter(self._windows))]
-            self._windows[key] = _Window(is_dense, set())
-        return self._windows[key]
-
-    def _load(self, numbers: NDArray[np.intp], place: ReadPlace) -> None:
+    def _load(self, numbers: NDArray[np.int32], place: ReadPlace) -> None:
         """Load as many of some blocks as fit into the budget."""
         size = self._blocks.length[numbers]
         room = self._make_room(int(size.sum()))
@@ -190,10 +171,9 @@ class MappedRows:
         numbers = numbers[is_inside]
         first = (self._files.addresses(shards) + offset)[is_inside].tolist()
         size = self._blocks.length[numbers]
-        if len(numbers) > 1:
-            # The file system reads all of them at the same time.
-            for address, num_bytes in zip(first, size.tolist(), strict=True):
-                request_pages(address, num_bytes)
+        # The file system reads all of them at the same time, and nothing around them.
+        for address, num_bytes in zip(first, size.tolist(), strict=True):
+            request_pages(address, num_bytes)
         for number, address in zip(numbers.tolist(), first, strict=True):
             self._load_one(number, address, place)
 
@@ -252,6 +232,14 @@ class MappedRows:
             self._is_loaded[chosen] = False
             self.num_bytes -= int(self._blocks.length[chosen].sum())
         return self._max_bytes - self.num_bytes
+
+
+def _dense_blocks(source: Source, window_share: float) -> NDArray[np.bool_]:
+    """Return the mask of the blocks of whose rows this rank serves a good part; shape (num_blocks,)."""
+    table = source.tables.domains
+    num_rows = np.bincount(table.block, table.rows, len(source.blocks.rows))
+    is_dense: NDArray[np.bool_] = num_rows * window_share >= MIN_DENSITY * source.blocks.rows
+    return is_dense
 
 
 def _map_shard(paths: ShardPaths, number: int) -> NDArray[Any]:
