@@ -17,6 +17,7 @@ from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.stored import block_loads
 from mixtera_hpc.dataplane.reading.stored.block_loads import REPEAT_AFTER_S, BlockLoads
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array
+from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.readers.megatron import MegatronFormat
 from mixtera_hpc.index.build.build import build_index
@@ -119,7 +120,11 @@ def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> 
     assert len(tokens)
 
 
-def test_a_shard_that_is_truncated_while_it_is_mapped_is_refused(source: Source) -> None:
+def test_a_shard_that_is_truncated_while_it_is_mapped_is_refused(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No comparison before the read.
+    monkeypatch.setattr(comparison_pace, "LATE_S", np.inf)
     documents = some_documents(source)
     with contextlib.closing(DocumentReader(source)) as reader:
         # Maps both shards.

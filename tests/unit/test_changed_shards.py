@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,12 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import batch_maker, document_reader
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace, shard_guard
 from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import MAX_PAUSE_S, ComparisonPace
 from mixtera_hpc.errors import DataError
@@ -173,18 +178,20 @@ def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("another modification time than in the index") == 1
 
 
-def test_a_token_file_that_is_truncated_while_a_process_has_mapped_it_ends_the_run_with_a_cure(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_token_file_that_was_truncated_before_a_late_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel ends the process before it can compare the file. The log has its stack."""
+    """An access to its pages would end the process."""
+    monkeypatch.setattr(comparison_pace, "LATE_S", 0)
     (shard,) = (path for path in written("megatron", tmp_path / "data") if path.suffix == ".bin")
     config = configured("megatron", tmp_path / "data")
-    config = replace(config, dataplane=replace(config.dataplane, workers=1))
-    error = served(config, 3, partial(os.truncate, shard, 0))[-1]
-    assert isinstance(error, DataError)
-    assert "ended by signal 7" in str(error)
-    assert "was truncated while it was read" in str(error)
-    assert "Fatal Python error: Bus error" in capfd.readouterr().err
+    with closing(BatchMaker(open_source(config, Local()), BatchSlice(), audit=False)) as maker:
+        plan = maker._source.planner.plan(PlannerState.start(1), maker._source.weights)[0]
+        assert len(list(maker.batches(plan, 0))) == 4
+        os.truncate(shard, 0)
+        with pytest.raises(DataError, match="has changed while the run reads it: it has 0 bytes") as error:
+            list(maker.batches(plan, 0))
+    assert error.value.__notes__ == ["No batch with changed data was served."]
 
 
 @pytest.fixture

@@ -52,6 +52,17 @@ def test_slow_reads_are_all_compared(compare_s: float, read_s: float) -> None:
     assert reader.pace.exposure() == "No batch with changed data was served."
 
 
+def test_a_comparison_before_a_late_read_does_not_replace_the_one_after_it() -> None:
+    reader = Reader(0.1)
+    reader.read(0.0)
+    assert not reader.pace.is_late()
+    reader.now_s += 60
+    assert reader.pace.is_late()
+    reader.pace.measure(reader.compare, is_before_read=True)
+    assert reader.read(0.5)
+    assert not reader.pace.is_late()
+
+
 def test_every_read_is_compared_on_request() -> None:
     reader = Reader(0.1)
     assert reader.read(0.0)

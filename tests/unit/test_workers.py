@@ -39,12 +39,15 @@ def opened(collection: list[str]) -> tuple[Source, ChunkPlan]:
     return source, source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
 
 
-def test_a_killed_worker_is_reported_with_its_signal(collection: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "cure"), [(signal.SIGKILL, "too little memory"), (signal.SIGBUS, "was truncated while it was read")]
+)
+def test_a_killed_worker_is_reported_with_its_signal(number: int, cure: str, collection: list[str]) -> None:
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 2)
     assert len(list(workers.batches(plan, 0))) == 7
-    workers._workers[1].process.kill()
-    with pytest.raises(DataError, match=r"Reading process 1 of 2 was ended by signal 9"):
+    workers._workers[1].process.send_signal(number)
+    with pytest.raises(DataError, match=rf"Reading process 1 of 2 was ended by signal {number:d}[^$]*{cure}"):
         list(workers.batches(plan, 0))
     workers.close()
 

@@ -92,7 +92,7 @@ class DocumentReader:
         self._rows = RowReader(source, self._guard, streams, window_share)
         self._rows.compare_if_late = self._compare_if_late
         self._texts = TextGather(source, self._rows)
-        self._gather = TokenGather(source, self._guard)
+        self._gather = TokenGather(source, self._guard, self._compare_if_late)
         self.pace = ComparisonPace()
         """When files are compared; see `check_unchanged`."""
 
@@ -123,10 +123,13 @@ class DocumentReader:
         self._explain(partial(self.pace.measure, self._compare_all))
 
     def _compare_if_late(self) -> bool:
-        """Compare the files that are read next if the last comparison was long ago; return whether it was."""
+        """Compare the files that are read next if the last comparison was long ago; return whether it was.
+
+        Without it, a file that became shorter would end the process. The comparison after the read stays due.
+        """
         is_late = self.pace.is_late()
         if is_late:
-            self.compare()
+            self._explain(partial(self.pace.measure, self._compare_all, is_before_read=True))
         return is_late
 
     def _explain(self, compare: Callable[[], None]) -> None:
@@ -198,11 +201,9 @@ class DocumentReader:
             DataError: the shard of a sample is damaged or has changed.
         """
         self.place.enter(READ)
-        is_late = self._rows.begin_use(encoded.shards)
+        self._rows.begin_use(encoded.shards)
         samples = self._rows.decode(encoded.decoder, groups, documents_of)
-        if is_late:
-            self.compare()
-        elif len(encoded.shards):
+        if len(encoded.shards):
             self.check_unchanged()
         self.place.enter(PACK)
         return samples

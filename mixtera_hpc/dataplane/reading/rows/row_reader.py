@@ -213,15 +213,13 @@ class RowReader:
         )
         return ReadRows([], positions, encoded)
 
-    def begin_use(self, shards: NDArray[np.int32]) -> bool:
-        """Record that rows of mapped shards are decoded; return True if the shards were compared before it."""
+    def begin_use(self, shards: NDArray[np.int32]) -> None:
+        """Record that rows of mapped shards are decoded."""
         if not len(shards):
-            return False
+            return
         self._guard.use(shards)
-        is_late = self.compare_if_late()
-        if is_late:
+        if self.compare_if_late():
             self._guard.use(shards)
-        return is_late
 
     def _read_positioned(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool

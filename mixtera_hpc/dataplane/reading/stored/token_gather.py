@@ -5,7 +5,7 @@ of all documents are computed at once, and then copied, output by output (`token
 Price: about 0.05 µs per document beside the copy, however many shards the documents lie in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -41,10 +41,18 @@ class TokenWriter(Protocol):
 class TokenGather:
     """Reads documents that are stored as token ids. Not thread-safe: one per reading thread."""
 
-    def __init__(self, source: Source, guard: ShardGuard) -> None:
-        """Map nothing yet; shards are mapped when they are needed, and recorded in `guard`."""
+    def __init__(self, source: Source, guard: ShardGuard, compare_if_late: Callable[[], bool]) -> None:
+        """Map nothing yet; shards are mapped when they are needed, and recorded in `guard`.
+
+        Args:
+            source: the data.
+            guard: notices shards that change.
+            compare_if_late: compares the files that are read next if that was not done for a long time, and returns
+                whether it did.
+        """
         self._source = source
         self._guard = guard
+        self._compare_if_late = compare_if_late
         self._is_stored = blocks_with_tokens(source)
         self.holds_all = bool(self._is_stored.all())
         """True if all blocks of the index are stored as token ids."""
@@ -79,7 +87,10 @@ class TokenGather:
         documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
-        self._guard.use(files[files < self._num_shards])
+        shards = files[files < self._num_shards]
+        self._guard.use(shards)
+        if self._compare_if_late():
+            self._guard.use(shards)
         if len(files) <= MAX_MAPPED_FILES:
             types = self._files.map(files)
             # Each integer type has an array of its own.

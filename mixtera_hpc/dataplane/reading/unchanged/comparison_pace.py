@@ -46,13 +46,14 @@ class ComparisonPace:
         """Return True if a comparison has been due for a long time, so that files may have changed since the last."""
         return self._clock() >= self._next_s + LATE_S
 
-    def measure(self, compare: Callable[[], None]) -> None:
-        """Call `compare`, and set the time of the next comparison unless it raises."""
+    def measure(self, compare: Callable[[], None], *, is_before_read: bool = False) -> None:
+        """Call `compare`. Unless it raises, or comes before a read, the next comparison is due after a pause."""
         began_s = self._clock()
         compare()
-        ended_s = self._clock()
-        self._next_s = ended_s + min(PAUSE_PER_DURATION * (ended_s - began_s), MAX_PAUSE_S)
         self._skipped_s = None
+        if not is_before_read:
+            ended_s = self._clock()
+            self._next_s = ended_s + min(PAUSE_PER_DURATION * (ended_s - began_s), MAX_PAUSE_S)
 
     def exposure(self) -> str:
         """Return a sentence that says which batches may hold changed data, if a comparison finds a change."""
