@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_a_reader_loads_what_it_copies(source: Source, loaded: list[tuple[int, i
     with contextlib.closing(DocumentReader(source)) as reader:
         reader.prepare(documents, [int(documents.wanted.sum())])
     assert len(loaded) == len(np.unique(documents.block))
+
+
+def test_documents_of_large_blocks_are_loaded_also_if_they_are_copied_together(
+    source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_loads, "MAX_BLOCK_BYTES", 0)
+    plane = replace(source.config.dataplane, shuffle="sequence")
+    sequences = open_source(replace(source.config, dataplane=plane), Local())
+    documents = some_documents(sequences)
+    with contextlib.closing(DocumentReader(sequences)) as reader:
+        for repeated in (1, 2):
+            reader.prepare(documents, [int(documents.wanted.sum())])
+            assert len(loaded) == repeated * len(documents.block)
 
 
 def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> None:

@@ -3,7 +3,7 @@
 A Feistel network over two digits, each with about √size values, permutes the numbers below the product of their bases
 (the generalized Feistel cipher of Black and Rogaway 2002). This product exceeds `size` by less than √size. A result
 outside the range is permuted again until it falls inside (cycle walking, in the same paper), which is rarely needed.
-Price: about 120 numpy calls for any number of values, and no memory. Many permutations are computed in one call,
+Price: about 100 numpy calls for any number of values, and no memory. Many permutations are computed in one call,
 because every value has a key and a size of its own.
 """
 

@@ -1,6 +1,6 @@
 """The sequences of `dataplane.shuffle=sequence` that domains serve next, permuted for several chunks in one call.
 
-A permutation is about 150 numpy calls, which take as long for 4,000 numbers as for a few hundred. Price: at most
+A permutation is over 100 numpy calls, which take twice as long for 4,000 numbers as for 500. Price: at most
 128 KiB of memory, and a look-up of 5 µs per call.
 """
 

@@ -56,6 +56,8 @@ class BlockLoads:
         self._files = files
         self._clock = clock
         self._is_large = source.blocks.length > MAX_BLOCK_BYTES
+        self.loads_documents = bool(self._is_large.any())
+        """True if documents are loaded by themselves, because of large blocks."""
         self._next_s = np.where(is_in_shard, 0, _NEVER)
         """Time from which on each block is loaded again."""
         self._can_load = True

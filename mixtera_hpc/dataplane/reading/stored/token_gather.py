@@ -84,6 +84,7 @@ class TokenGather:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
         """
         self._files.limit_memory()
+        every = documents
         documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
@@ -95,7 +96,8 @@ class TokenGather:
             types = self._files.map(files)
             # Each integer type has an array of its own.
             if (types == types[0]).all():
-                self._loads.load(documents)
+                # The place of a document that stands for others is its own.
+                self._loads.load(every if self._loads.loads_documents else documents)
                 return self._copies(documents, places, sizes, int(types[0]))
         return ReadTokens(self._read_by_type(documents, places), sizes)
 
