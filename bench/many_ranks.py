@@ -36,8 +36,8 @@ from mixtera_hpc.index.build.build import build_index
 
 OWN_SEQUENCES = 8
 SEQ_LEN = 4096
-NUM_ROWS = 1_900_000
-NUM_DOCUMENTS = 2_000_000
+NUM_ROWS = 2_400_000
+NUM_DOCUMENTS = 2_400_000
 NODE_RANKS = 4
 ROUNDS = 5
 UNUSED_LANE = 15
@@ -56,8 +56,8 @@ class Job:
     """Nodes that are measured, each in a lane of its own."""
 
 
-JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 6, 14))
-"""1,024 ranks serve the corpus in 14 steps, and need new windows in each of them. Eight steps are read together."""
+JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14))
+"""1,024 ranks serve the corpus in 17 steps, and need new windows in each of them. Eight steps are read together."""
 
 
 @dataclass(slots=True)
@@ -92,7 +92,10 @@ class Node:
         self.num_ranks = num_ranks
         self.size = min(num_ranks, NODE_RANKS)
         self._source = replace(source, window_memory=share_windows(Local(), self.size) if has_shared_windows else None)
-        self._makers = [BatchMaker(self._source, BatchSlice(), audit=False) for _ in range(self.size)]
+        self._makers = [
+            BatchMaker(self._source, BatchSlice(group=rank, num_groups=num_ranks), audit=False)
+            for rank in range(self.size)
+        ]
         self.serve(num_ranks * UNUSED_LANE // 16, 0, 8)
 
     def serve(self, first_rank: int, warm_up_steps: int, steps: int) -> tuple[float, float]:
