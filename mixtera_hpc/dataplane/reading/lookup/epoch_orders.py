@@ -4,6 +4,7 @@ At most two epochs of a domain are in memory, one with an even and one with an o
 is computed once, O(blocks of the domain); adding an epoch copies the borders of all epochs in memory.
 """
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,13 @@ NOT_IN_MEMORY = -1
 """The number of a window that is not in the window table."""
 EPOCH_END = -2
 """The number in place of a window behind the last one of an epoch."""
+ORDERS_BETWEEN_PAUSES = 32
+"""Orders of epochs that are computed, in about 0.5 ms, until other threads get a turn.
+
+numpy gives the interpreter's lock up for a few microseconds at a time, and takes it again before a thread that waits
+for it wakes up. Such a thread does not ask for its turn either, so it would wait for the orders of all domains.
+"""
+PAUSE_S = 50e-6
 READS_AHEAD = 8
 """A window that is needed within so many reads of the same size is built together with those that are missing."""
 
@@ -140,7 +148,9 @@ class EpochOrders:
     def _add(self, slots: Ints, epochs: Ints) -> None:
         """Order epochs, which replace those of the same parity."""
         windows = {slot: self.window[self._cells(slot)] for slot in self._orders}
-        for slot, epoch in set(zip(slots.tolist(), epochs.tolist(), strict=True)):
+        for number, (slot, epoch) in enumerate(set(zip(slots.tolist(), epochs.tolist(), strict=True)), 1):
+            if number % ORDERS_BETWEEN_PAUSES == 0:
+                time.sleep(PAUSE_S)
             order = self._layout.epoch_order(slot // 2, epoch)
             self._orders[slot] = order
             self._epoch[slot] = epoch

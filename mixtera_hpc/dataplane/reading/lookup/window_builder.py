@@ -3,7 +3,7 @@
 Price: about 20 µs per window and 0.1 µs per document, whatever the number of domains that share the blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,21 +44,22 @@ def build_windows(
         DataError: the samples of a block do not add up to what the index counted for it.
     """
     entries = [layout.entries(key.domain).start + order.blocks_of(key.number) for key, order in windows]
+    blocks = [layout.table.block[of_window] for of_window in entries]
+    # A window has at least one block.
+    first_entry = np.concatenate([[0], np.cumsum([len(of_window) for of_window in blocks])[:-1]])
     is_large = np.zeros(len(windows), np.bool_)
     if shared is not None:
-        num_rows = [int(layout.table.rows[of_window].sum(dtype=np.int64)) for of_window in entries]
-        is_large = np.array(num_rows) >= MIN_SHARED_ROWS
-    blocks = [layout.table.block[of_window] for of_window in entries]
+        num_rows = layout.table.rows[np.concatenate(entries)]
+        is_large = np.add.reduceat(num_rows, first_entry, dtype=np.int64) >= MIN_SHARED_ROWS
 
     own = np.flatnonzero(~is_large)
-    num_samples = [int(layout.blocks.rows[blocks[window]].sum(dtype=np.int64)) for window in own.tolist()]
-    part = np.cumsum(num_samples, dtype=np.int64) // SAMPLES_AT_ONCE
+    num_samples = np.add.reduceat(layout.blocks.rows[np.concatenate(blocks)], first_entry, dtype=np.int64)
+    part = np.cumsum(num_samples[own]) // SAMPLES_AT_ONCE
     for together in np.split(own, np.flatnonzero(np.diff(part)) + 1):
         if len(together):
-            chosen = together.tolist()
-            keys = [windows[window] for window in chosen]
-            built = _build(layout, samples, keys, [blocks[window] for window in chosen])
-            table.append([key for key, _ in keys], *built)
+            chosen = [windows[window] for window in together.tolist()]
+            built = _build(layout, samples, chosen, [blocks[window] for window in together.tolist()])
+            table.append([key for key, _ in chosen], *built)
     if shared is None or not is_large.any():
         return own
 
@@ -67,12 +68,19 @@ def build_windows(
         return _build(layout, samples, [windows[window]], [blocks[window]])[1]
 
     large = np.flatnonzero(is_large)
-    order = [own]
-    keys_of_large = [windows[window][0] for window in large.tolist()]
-    for position, documents in shared.build(keys_of_large, table, build_one):
-        table.append([keys_of_large[position]], np.array([len(documents.block)]), documents)
-        order.append(large[position : position + 1])
-    return np.concatenate(order)
+    keys = [windows[window][0] for window in large.tolist()]
+    return np.concatenate([own, large[_append_shared(keys, table, shared, build_one)]])
+
+
+def _append_shared(
+    keys: Sequence[WindowKey], table: WindowTable, shared: SharedWindows, build_one: Callable[[int], WindowDocuments]
+) -> list[int]:
+    """Append windows of the node to `table`, and return the order in which they were appended."""
+    order = []
+    for position, documents in shared.build(keys, table, build_one):
+        table.append([keys[position]], np.array([len(documents.block)]), documents)
+        order.append(position)
+    return order
 
 
 def _build(
