@@ -167,13 +167,21 @@ def _earliest_deadline_first(release: list[int], priority: list[int], slots: ran
     """
     heappush = heapq.heappush
     heappop = heapq.heappop
+    heappushpop = heapq.heappushpop
     waiting: list[int] = []
     served: list[int] = []
-    released = 0
+    num_released = 0
     releases = [*release, slots.stop]
     for slot in slots:
-        while releases[released] <= slot:
-            heappush(waiting, priority[released])
-            released += 1
-        served.append(heappop(waiting))
+        if releases[num_released] > slot:
+            served.append(heappop(waiting))
+            continue
+        # To add the last one and to take the first one is a single call.
+        newest = priority[num_released]
+        num_released += 1
+        while releases[num_released] <= slot:
+            heappush(waiting, newest)
+            newest = priority[num_released]
+            num_released += 1
+        served.append(heappushpop(waiting, newest))
     return served

@@ -98,8 +98,10 @@ class EpochOrders:
         end = end + first_key
         cell = search(self._keys, begin, side="right") - 1
         # Nearly always each span lies in one window.
-        if (end > self._keys[cell + 1]).any():
-            count = np.searchsorted(self._keys, end, side="left") - cell
+        is_cut = end > self._keys.take(cell + 1)
+        if is_cut.any():
+            count = np.ones_like(cell)
+            count[is_cut] = np.searchsorted(self._keys, end[is_cut], side="left") - cell[is_cut]
             span = np.repeat(np.arange(len(cell)), count)
             cell = concatenated_ranges(cell, count)
             begin = np.maximum(begin[span], self._keys[cell])
