@@ -93,7 +93,7 @@ class MappedRows:
         """False where the kernel cannot load pages."""
         num_blocks = len(source.blocks.rows)
         self._is_loaded = np.zeros(num_blocks, np.bool_)
-        self._last_use = np.zeros(num_blocks, np.int32)
+        self._last_use = np.zeros(num_blocks, np.int64)
         """Number of the call in which each block was used last."""
         self._num_calls = 0
         self.num_bytes = 0

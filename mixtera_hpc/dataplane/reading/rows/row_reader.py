@@ -7,7 +7,7 @@ are served. Rows of formats with a `RowDecoder` are read by one loop over all sh
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -61,6 +61,7 @@ class RowReader:
         """
         self._source = source
         self._streams = streams
+        self._window_share = window_share
         self._guard = guard
         self.compare_if_late: Callable[[], bool] = lambda: False
         """Compares the shards in use, see `ShardGuard`, if that was not done for a long time; returns whether it did.
@@ -83,10 +84,6 @@ class RowReader:
         memory = source.block_memory
         self._shared_blocks = SharedBlocks(memory.fd) if memory is not None else None
         self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block, self._shared_blocks)
-        self._mapped: MappedRows | None = None
-        if streams is not None:
-            read_bytes = self._files.read_bytes
-            self._mapped = MappedRows(source, read_bytes, window_share=window_share, max_open=self._max_open_shards)
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
@@ -160,10 +157,18 @@ class RowReader:
             shard.reader.close()
         self._shards.clear()
         self._files.close()
-        if self._mapped is not None:
+        if "_mapped" in self.__dict__ and self._mapped is not None:
             self._mapped.close()
         if self._shared_blocks is not None:
             self._shared_blocks.close()
+
+    @cached_property
+    def _mapped(self) -> MappedRows | None:
+        """The mapped shards; None if few rows are read. Takes a pass over all blocks of the index."""
+        if self._streams is None:
+            return None
+        limit = self._max_open_shards
+        return MappedRows(self._source, self._files.read_bytes, window_share=self._window_share, max_open=limit)
 
     def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool) -> ReadRows:
         """Read rows of shards of one kind."""
