@@ -104,6 +104,9 @@ def release_pages(address: int, num_bytes: int) -> None:
 
 def _advise(address: int, num_bytes: int, advice: int) -> bool:
     """Give an advice, and return True unless the kernel ignores it."""
+    if num_bytes <= 0:
+        # The page of the address may belong to others: `MADV_DONTNEED` would fill it with zeros.
+        return True
     begin = address & -mmap.PAGESIZE
     is_ignored = _LIBC.madvise(begin, address + num_bytes - begin, advice)
     return not is_ignored

@@ -1,13 +1,14 @@
 """Files in memory without a descriptor."""
 
 import gc
+import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.file_memory import map_descriptor
+from mixtera_hpc.formats.file_memory import map_descriptor, release_pages
 
 
 def mapped_paths() -> str:
@@ -69,3 +70,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             map_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def test_no_page_is_released_for_an_empty_file() -> None:
+    """Memory of the interpreter stands for an empty file, and `MADV_DONTNEED` fills such memory with zeros."""
+    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page.write(b"x" * mmap.PAGESIZE)
+        release_pages(np.frombuffer(page, np.uint8).ctypes.data + 100, 0)
+        assert page[:] == b"x" * mmap.PAGESIZE
