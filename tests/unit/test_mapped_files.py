@@ -32,3 +32,20 @@ def test_pages_are_released_now_and_then_and_come_back(tmp_path: Path, monkeypat
     assert released_by_limit() < SIZE // 4, "the last release is less than a while ago"
     now_s += RELEASE_EVERY_S
     assert released_by_limit() > SIZE // 2
+
+
+def test_the_files_that_were_not_used_for_longest_are_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_files, "MAX_MAPPED_FILES", 3)
+    files = MappedFiles(6, lambda number: np.zeros(number, np.uint8))
+    for requested, mapped in (
+        ([0, 1, 2], [0, 1, 2]),
+        ([1], [0, 1, 2]),
+        ([3, 3], [1, 2, 3]),
+        ([0, 2], [0, 2, 3]),
+        ([0, 1, 2, 3], [0, 1, 2, 3]),
+        ([2, 3], [0, 1, 2, 3]),
+        ([5], [2, 3, 5]),
+    ):
+        files.map(np.array(requested))
+        assert np.flatnonzero(files.is_mapped(np.arange(6))).tolist() == sorted(files._files) == mapped
+        assert files._mapped_bytes == sum(mapped)

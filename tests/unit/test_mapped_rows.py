@@ -240,10 +240,13 @@ def test_where_files_cannot_be_mapped_rows_are_read(
     assert caplog.text.count("Rows are not read from mapped files") == 1
 
 
+@pytest.mark.parametrize("window_bytes", [2000, 100_000], ids=["few shards per read", "all shards in each read"])
 @pytest.mark.usefixtures("_small_reads")
-def test_more_shards_than_can_be_mapped_take_turns(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_can_be_mapped_take_turns(
+    window_bytes: int, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mapped_rows, "MAX_SHARDS", 3)
-    config = replace(config, dataplane=replace(config.dataplane, window_bytes=2000, lanes=1))
+    config = replace(config, dataplane=replace(config.dataplane, window_bytes=window_bytes, lanes=1))
     numbers: list[int] = []
     contents, num_loads = served(config, after=lambda maker: numbers.append(len(mapped_of(maker)._files._files)))
     assert num_loads

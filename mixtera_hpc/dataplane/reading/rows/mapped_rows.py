@@ -159,6 +159,10 @@ class MappedRows:
         room = self._make_room(int(size.sum()))
         numbers = numbers[: np.searchsorted(np.cumsum(size), room, side="right")]
         shards = self._blocks.shard[numbers]
+        distinct = self._files.distinct(shards)
+        if len(distinct) > MAX_SHARDS:
+            numbers = numbers[shards < distinct[MAX_SHARDS]]
+            shards = self._blocks.shard[numbers]
         try:
             self._map(shards)
         except DataError as error:

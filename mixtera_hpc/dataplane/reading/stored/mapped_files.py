@@ -116,8 +116,9 @@ class MappedFiles:
         self._last_use[files] = self._num_calls
         is_mapped = self._is_mapped[files]
         if not is_mapped.all():
-            for number in np.unique(files[~is_mapped]).tolist():
-                self._make_room()
+            new = np.unique(files[~is_mapped]).tolist()
+            self._make_room(len(new))
+            for number in new:
                 self._map_one(number)
         types: NDArray[np.int8] = self._type[files]
         return types
@@ -186,16 +187,18 @@ class MappedFiles:
         self._is_mapped[:] = False
         self._mapped_bytes = 0
 
-    def _make_room(self) -> None:
+    def _make_room(self, num_new: int) -> None:
         """Unmap the files that were not used for longest, but none that the current call has requested."""
-        while len(self._files) >= MAX_MAPPED_FILES:
-            oldest = min(self._files, key=self._last_use.__getitem__)
-            if self._last_use[oldest] == self._num_calls:
-                return
-            self._memory.clear()
-            del self._files[oldest]
-            self._is_mapped[oldest] = False
-            self._mapped_bytes -= int(self._num_bytes[oldest])
+        excess = len(self._files) + num_new - MAX_MAPPED_FILES
+        if excess <= 0:
+            return
+        unused = np.flatnonzero(self._is_mapped & (self._last_use < self._num_calls))
+        oldest = unused[np.argsort(self._last_use[unused], kind="stable")][:excess]
+        self._memory.clear()
+        for number in oldest.tolist():
+            del self._files[number]
+        self._is_mapped[oldest] = False
+        self._mapped_bytes -= int(self._num_bytes[oldest].sum())
 
     def _map_one(self, number: int) -> None:
         ids = self._map_file(number)
