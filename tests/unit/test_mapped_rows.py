@@ -214,6 +214,15 @@ def test_blocks_of_which_few_rows_are_served_are_not_loaded(
     assert contents == positioned(config, own)
 
 
+@pytest.mark.parametrize(("row_bytes", "is_loaded"), [(15_000, True), (17_000, False)])
+def test_blocks_of_large_rows_are_not_loaded(row_bytes: int, is_loaded: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(row(number, row_bytes) for number in range(64)))
+    config = built(tmp_path, *WORDS, *ENDS)
+    contents, num_loads = served(config)
+    assert bool(num_loads) == is_loaded
+    assert contents == positioned(config)
+
+
 def test_where_pages_cannot_be_loaded_blocks_are_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux before 5.14 does not know the call."""
 

@@ -33,6 +33,9 @@ logger = logging.getLogger("mixtera_hpc")
 
 MIN_DENSITY = 0.25
 """Least part of the rows of a block that this rank serves if the block is loaded as a whole."""
+MAX_ROW_BYTES = 16 << 10
+"""Average size of the rows of a block from which on a positioned read per row is no noticeable cost beside decoding.
+Blocks of large rows would take long to load, for the first row of each."""
 SMALL_BLOCK_BYTES = 128 << 10
 """Blocks up to this size are loaded for a single row where not all shards may be open: to open a file takes as long."""
 MAX_SHARDS = MAX_MAPPED_FILES // 2
@@ -239,11 +242,12 @@ class MappedRows:
 
 
 def _dense_blocks(source: Source, window_share: float) -> NDArray[np.bool_]:
-    """Return the mask of the blocks of whose rows this rank serves a good part; shape (num_blocks,)."""
+    """Return the mask of the blocks of small rows of which this rank serves a good part; shape (num_blocks,)."""
     table = source.tables.domains
     num_rows = np.bincount(table.block, table.rows, len(source.blocks.rows))
-    is_dense: NDArray[np.bool_] = num_rows * window_share >= MIN_DENSITY * source.blocks.rows
-    return is_dense
+    blocks = source.blocks
+    is_dense: NDArray[np.bool_] = num_rows * window_share >= MIN_DENSITY * blocks.rows
+    return is_dense & (blocks.length < MAX_ROW_BYTES * blocks.rows.astype(np.int64))
 
 
 def _map_shard(paths: ShardPaths, number: int) -> NDArray[Any]:
