@@ -18,8 +18,9 @@ from mixtera_hpc.dataplane.reading import source as source_module
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
-from mixtera_hpc.dataplane.reading.lookup import shared_windows, window_builder
+from mixtera_hpc.dataplane.reading.lookup import shared_windows
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
+from mixtera_hpc.dataplane.reading.processes import block_memory
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_windows
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
@@ -31,7 +32,7 @@ Columns = list[NDArray[np.int64]]
 @pytest.fixture(autouse=True)
 def share_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Share windows of any size."""
-    monkeypatch.setattr(window_builder, "MIN_SHARED_ROWS", 1)
+    monkeypatch.setattr(shared_windows, "MIN_SHARED_ROWS", 1)
 
 
 @pytest.fixture(params=["samples", "tokens"])
@@ -135,6 +136,27 @@ def test_windows_of_another_selection_are_not_used(source: Source, memory: int) 
     other = Reader(source, memory, "a > 2")
     other.epoch(source, 0)
     assert other.blocks
+
+
+def test_a_window_that_the_memory_does_not_keep_is_built_without_its_lock(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_memory, "WINDOW_BYTES", 1 << 10)
+    shared = share_windows(Local(), 2)
+    assert shared is not None
+    shared_names: list[str] = []
+
+    class Named(SharedBlocks):
+        """Blocks whose names are recorded."""
+
+        def read_unless_busy(self, name: str, offset: int, *functions: object) -> object:
+            shared_names.append(name)
+            return super().read_unless_busy(name, offset, *functions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared_windows, "SharedBlocks", Named)
+    assert_equal(Reader(source, shared.fd).epoch(source, 0), Reader(source, None).epoch(source, 0))
+    num_windows = sum(len(source.layout.epoch_order(domain, 0).starts) - 1 for domain in range(source.num_domains))
+    assert 0 < len(shared_names) < num_windows
 
 
 def read_steps(config: Config, comm: Communicator) -> list[str]:

@@ -86,6 +86,11 @@ class SharedBlocks:
         """Return the size of the memory for blocks of `max_bytes` together."""
         return max_bytes + HEADER_BYTES + mmap.PAGESIZE
 
+    @property
+    def max_block_bytes(self) -> int:
+        """Bytes of the largest block that the memory keeps."""
+        return int(self._ring_bytes * MAX_SHARE)
+
     def lines(self, name: str, offset: int, rows: Ints, decode: Callable[[], DecodedLines]) -> list[bytes]:
         """Return some rows of a block.
 
@@ -185,7 +190,7 @@ class SharedBlocks:
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         num_bytes = sum(map(len, views))
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        if size > self._ring_bytes * MAX_SHARE:
+        if size > self.max_block_bytes:
             return
         try:
             with self._lock(_DIRECTORY):

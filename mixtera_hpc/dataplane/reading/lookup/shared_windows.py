@@ -13,12 +13,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowDocuments, WindowTable
 from mixtera_hpc.formats.codecs.shared_blocks import Buffer, SharedBlocks
 
-__all__ = ["MIN_SHARED_ROWS", "SharedWindows"]
+__all__ = ["SharedWindows"]
+
+Ints = NDArray[np.int64]
 
 MIN_SHARED_ROWS = 1024
 """Documents of the smallest window that is shared: it takes 0.3 ms to build, index columns included."""
@@ -37,6 +40,14 @@ class SharedWindows:
         self._blocks = SharedBlocks(fd)
         self._selection = selection
         weakref.finalize(self, self._blocks.close)
+
+    def can_share(self, num_rows: Ints, table: WindowTable) -> NDArray[np.bool_]:
+        """Return which windows the processes share, by the number of their documents; shape (len(num_rows),).
+
+        The memory does not keep a very large window. Every process would then build it while all others wait.
+        """
+        fits = num_rows * table.row_bytes <= self._blocks.max_block_bytes
+        return (num_rows >= MIN_SHARED_ROWS) & fits
 
     def build(
         self, keys: Sequence[WindowKey], table: WindowTable, build_one: Callable[[int], WindowDocuments]

@@ -12,7 +12,7 @@ from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples
 from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
-from mixtera_hpc.dataplane.reading.lookup.shared_windows import MIN_SHARED_ROWS, SharedWindows
+from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowDocuments, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.errors import DataError
@@ -49,8 +49,8 @@ def build_windows(
     first_entry = np.concatenate([[0], np.cumsum([len(of_window) for of_window in blocks])[:-1]])
     is_large = np.zeros(len(windows), np.bool_)
     if shared is not None:
-        num_rows = layout.table.rows[np.concatenate(entries)]
-        is_large = np.add.reduceat(num_rows, first_entry, dtype=np.int64) >= MIN_SHARED_ROWS
+        num_rows = np.add.reduceat(layout.table.rows[np.concatenate(entries)], first_entry, dtype=np.int64)
+        is_large = shared.can_share(num_rows, table)
 
     own = np.flatnonzero(~is_large)
     num_samples = np.add.reduceat(layout.blocks.rows[np.concatenate(blocks)], first_entry, dtype=np.int64)

@@ -91,6 +91,11 @@ class WindowTable:
         return self._counts()[windows]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a document in memory."""
+        return self._columns.row_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all documents in memory."""
         return len(self._columns) * self._columns.row_bytes
