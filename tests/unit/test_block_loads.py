@@ -17,6 +17,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.stored import block_loads
 from mixtera_hpc.dataplane.reading.stored.block_loads import REPEAT_AFTER_S, BlockLoads
+from mixtera_hpc.dataplane.reading.stored.document_places import Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
 from mixtera_hpc.errors import DataError
@@ -61,6 +62,11 @@ def some_documents(source: Source) -> Documents:
     return source.streams().documents(0, 100, 400)
 
 
+def places_of(source: Source, documents: Documents) -> Places:
+    start = (source.blocks.offset[documents.block] + documents.offset) // 2
+    return Places(source.blocks.shard[documents.block].astype(np.int32), start, None)
+
+
 def files_of(source: Source) -> MappedFiles:
     paths = [Path(source.index.data_root) / name for name in source.index.shard_paths]
     files = MappedFiles(len(paths), lambda number: map_array(paths[number], np.dtype("<u2")))
@@ -74,18 +80,18 @@ def test_the_blocks_of_a_read_are_loaded_once_for_a_while(source: Source, loaded
     now_s = 50.0
     is_in_shard = np.ones(len(source.blocks), np.bool_)
     loads = BlockLoads(source, is_in_shard, files, clock=lambda: now_s)
-    loads.load(documents)
+    loads.load(documents, places_of(source, documents))
     blocks = np.unique(documents.block)
     addresses = files.addresses(source.blocks.shard[blocks]) + source.blocks.offset[blocks]
     assert loaded == list(zip(addresses.tolist(), source.blocks.length[blocks].tolist(), strict=True))
-    loads.load(documents)
+    loads.load(documents, places_of(source, documents))
     assert len(loaded) == len(blocks) < len(documents.block)
     now_s += REPEAT_AFTER_S
-    loads.load(documents)
+    loads.load(documents, places_of(source, documents))
     assert len(loaded) == 2 * len(blocks)
 
 
-def test_of_large_blocks_only_the_documents_are_loaded(
+def test_of_large_blocks_only_the_wanted_tokens_are_loaded(
     source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_loads, "MAX_BLOCK_BYTES", 0)
@@ -94,13 +100,16 @@ def test_of_large_blocks_only_the_documents_are_loaded(
     loads = BlockLoads(source, np.ones(len(source.blocks), np.bool_), files)
     block = documents.block
     addresses = files.addresses(source.blocks.shard[block]) + source.blocks.offset[block] + documents.offset
+    addresses += 2 * documents.first
     for repeated in (1, 2):
-        loads.load(documents)
-        assert loaded == repeated * list(zip(addresses.tolist(), documents.length.tolist(), strict=True))
+        loads.load(documents, places_of(source, documents))
+        assert loaded == repeated * list(zip(addresses.tolist(), (2 * documents.wanted).tolist(), strict=True))
 
 
 def test_blocks_in_stores_are_not_loaded(source: Source, loaded: list[tuple[int, int]]) -> None:
-    BlockLoads(source, np.zeros(len(source.blocks), np.bool_), files_of(source)).load(some_documents(source))
+    documents = some_documents(source)
+    loads = BlockLoads(source, np.zeros(len(source.blocks), np.bool_), files_of(source))
+    loads.load(documents, places_of(source, documents))
     assert not loaded
 
 
@@ -111,17 +120,21 @@ def test_a_reader_loads_what_it_copies(source: Source, loaded: list[tuple[int, i
     assert len(loaded) == len(np.unique(documents.block))
 
 
-def test_documents_of_large_blocks_are_loaded_also_if_they_are_copied_together(
-    source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["MAX_BLOCK_BYTES", "MAX_RESIDENT_BYTES"])
+def test_only_the_wanted_tokens_are_loaded_also_if_documents_are_copied_together(
+    limit: str, source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_loads, "MAX_BLOCK_BYTES", 0)
+    """Of large blocks, and of much data in the order of sequences."""
+    monkeypatch.setattr(block_loads, limit, 0)
     plane = replace(source.config.dataplane, shuffle="sequence")
     sequences = open_source(replace(source.config, dataplane=plane), Local())
     documents = some_documents(sequences)
+    num_tokens = int(documents.wanted.sum())
     with contextlib.closing(DocumentReader(sequences)) as reader:
         for repeated in (1, 2):
-            reader.prepare(documents, [int(documents.wanted.sum())])
-            assert len(loaded) == repeated * len(documents.block)
+            reader.prepare(documents, [num_tokens])
+            assert sum(size for _, size in loaded) == repeated * 2 * num_tokens
+    assert len(loaded) < 2 * len(documents.block), "no documents were copied together"
 
 
 def test_an_access_to_a_mapped_shard_reads_its_own_page_only(source: Source) -> None:
@@ -159,5 +172,7 @@ def test_a_kernel_without_the_call_is_no_error(source: Source, monkeypatch: pyte
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(block_loads, "load_pages", refuse)
-    BlockLoads(source, np.ones(len(source.blocks), np.bool_), files_of(source)).load(some_documents(source))
+    documents = some_documents(source)
+    loads = BlockLoads(source, np.ones(len(source.blocks), np.bool_), files_of(source))
+    loads.load(documents, places_of(source, documents))
     assert len(calls) == 1

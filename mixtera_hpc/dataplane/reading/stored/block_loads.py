@@ -3,22 +3,25 @@
 A window serves the documents of a block in random order, so that most of a block is needed soon. At the first document,
 the kernel would read around it: 128 KiB to 8 MiB, as the file system is set, most of which belongs to other windows.
 So an access reads its own page only (`read_single_pages`), and before it the blocks of all documents of a read are
-requested, all at the same time, and then loaded one after the other. Of large blocks, which hold long documents, only
-the documents are loaded. An access that waits for the file system would hold the interpreter's lock.
-Price: about 10 µs per block of 128 kB in the page cache, and 3 µs per document of a large block.
+requested, all at the same time, and then loaded one after the other. An access that waits for the file system would
+hold the interpreter's lock. Only the wanted tokens are loaded of large blocks, which hold long documents, and of much
+data in the order of `shuffle=sequence`.
+Price: about 10 µs per block of 128 kB in the page cache, and 3 µs per document or sequence where only these are loaded.
 """
 
 import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles
+from mixtera_hpc.dataplane.reading.stored.document_places import Places
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_RESIDENT_BYTES, MappedFiles
 from mixtera_hpc.formats.file_memory import load_pages, request_pages
 from mixtera_hpc.formats.shard_errors import shard_changed_error
 
@@ -55,16 +58,22 @@ class BlockLoads:
         self._blocks = source.blocks
         self._files = files
         self._clock = clock
-        self._is_large = source.blocks.length > MAX_BLOCK_BYTES
-        self.loads_documents = bool(self._is_large.any())
-        """True if documents are loaded by themselves, because of large blocks."""
+        self._is_single = source.blocks.length > MAX_BLOCK_BYTES
+        """Mask of the blocks of which only the wanted tokens are loaded."""
+        # With `shuffle=sequence`, the sequences of a block are served at any time of the epoch.
+        if source.layout.order.repeats and source.blocks.length.sum() > MAX_RESIDENT_BYTES:
+            self._is_single[:] = True
         self._next_s = np.where(is_in_shard, 0, _NEVER)
         """Time from which on each block is loaded again."""
         self._can_load = True
         """False where the kernel cannot load pages."""
 
-    def load(self, documents: Documents) -> None:
+    def load(self, documents: Documents, places: Places) -> None:
         """Load the pages of documents in mapped shards, unless their block was loaded shortly before.
+
+        Args:
+            documents: in mapped files.
+            places: of the documents.
 
         Raises:
             DataError: a shard is shorter than before, or cannot be read.
@@ -74,21 +83,26 @@ class BlockLoads:
         if not len(due):
             return
         block = documents.block[due]
-        is_large = self._is_large[block]
-        if is_large.any():
-            large = due[is_large]
-            self._load(documents.block[large], documents.offset[large], documents.length[large])
-        blocks = np.unique(block[~is_large])
-        self._load(blocks, np.zeros(len(blocks), np.int64), self._blocks.length[blocks])
+        is_single = self._is_single[block]
+        if is_single.any():
+            self._load_documents(documents.select(due[is_single]), places.select(due[is_single]))
+        blocks = np.unique(block[~is_single])
+        self._load(self._blocks.shard[blocks], self._blocks.offset[blocks], self._blocks.length[blocks])
         self._next_s[blocks] = now_s + REPEAT_AFTER_S
 
-    def _load(self, block: NDArray[np.int32], first: Ints, num_bytes: Ints) -> None:
-        """Load bytes of blocks, given the first byte, counted in the block, and their number."""
-        shard = self._blocks.shard[block]
-        offset = self._blocks.offset[block] + first
+    def _load_documents(self, documents: Documents, places: Places) -> None:
+        """Load the wanted tokens of documents, which may stand for those that follow them in their block."""
+        item_size = self._files.item_sizes(places.file)
+        first = (places.start + documents.first) * item_size
+        # Some of the tokens may be special ones that are not stored.
+        stop = np.minimum(first + documents.wanted * item_size, self._files.num_bytes(places.file))
+        self._load(places.file, first, stop - first)
+
+    def _load(self, shard: NDArray[np.integer[Any]], first: Ints, num_bytes: Ints) -> None:
+        """Load bytes of mapped shards, given the first byte and their number."""
         # A damaged index may name bytes that no file has.
-        is_inside = (offset >= 0) & (num_bytes > 0) & (offset + num_bytes <= self._files.num_bytes(shard))
-        address = (self._files.addresses(shard) + offset)[is_inside].tolist()
+        is_inside = (first >= 0) & (num_bytes > 0) & (first + num_bytes <= self._files.num_bytes(shard))
+        address = (self._files.addresses(shard) + first)[is_inside].tolist()
         size = num_bytes[is_inside].tolist()
         # The file system reads all of them at the same time.
         for begin, count in zip(address, size, strict=True):

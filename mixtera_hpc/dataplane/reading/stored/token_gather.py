@@ -84,7 +84,6 @@ class TokenGather:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
         """
         self._files.limit_memory()
-        every = documents
         documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
@@ -96,8 +95,7 @@ class TokenGather:
             types = self._files.map(files)
             # Each integer type has an array of its own.
             if (types == types[0]).all():
-                # The place of a document that stands for others is its own.
-                self._loads.load(every if self._loads.loads_documents else documents)
+                self._loads.load(documents, places)
                 return self._copies(documents, places, sizes, int(types[0]))
         return ReadTokens(self._read_by_type(documents, places), sizes)
 
@@ -120,7 +118,7 @@ class TokenGather:
         for group in file_groups(places.file):
             positions = np.arange(len(lengths))[group]
             types = self._files.map(places.file[positions])
-            self._loads.load(documents.select(positions))
+            self._loads.load(documents.select(positions), places.select(positions))
             for number in np.unique(types).tolist():
                 chosen = positions[types == number]
                 own_documents = documents.select(chosen)
