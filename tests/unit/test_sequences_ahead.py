@@ -79,3 +79,17 @@ def test_large_calls_permute_their_own_sequences(count: int) -> None:
     for _ in range(6):
         check(cursor, np.array([0, count, 0, 0, 7]), ahead, shuffle(SequenceShuffle))
     assert max(counted.calls) <= max(MAX_NUMBERS, count + 7)
+
+
+def test_sequences_of_past_domains_make_room() -> None:
+    """A mixture whose domains change, such as that of a schedule, is permuted ahead in all of its stages."""
+    counted = shuffle(CountedShuffle)
+    ahead = SequencesAhead(counted)
+    cursor = np.zeros(NUM_DOMAINS, np.int64)
+    for domain in range(NUM_DOMAINS):
+        counted.calls.clear()
+        counts = np.zeros(NUM_DOMAINS, np.int64)
+        counts[domain] = MAX_NUMBERS // 8
+        for _ in range(16):
+            check(cursor, counts, ahead, shuffle(SequenceShuffle))
+        assert len(counted.calls) == 2

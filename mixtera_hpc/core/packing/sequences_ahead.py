@@ -65,7 +65,7 @@ class SequencesAhead:
             self._num_calls = MIN_CALLS
             return False
 
-        # A call needs a range of each of its domains. Of the others, what is in memory is permuted again.
+        # A call needs a range of each of its domains.
         first = np.full(len(self._first), np.iinfo(np.int64).max)
         np.minimum.at(first, domain, ordinal)
         stop = np.zeros_like(first)
@@ -73,11 +73,15 @@ class SequencesAhead:
         is_own = stop > 0
         sizes = np.where(is_own, stop - first, 0)
         num_calls = min(CALLS_AHEAD, MAX_NUMBERS // int(sizes.sum()))
-        sizes = np.where(is_own, np.maximum(sizes * num_calls, MIN_OF_DOMAIN), self._stop - self._first)
-        ends = sizes.cumsum()
-        if num_calls < MIN_CALLS or ends[-1] > 2 * MAX_NUMBERS:
+        sizes = np.where(is_own, np.maximum(sizes * num_calls, MIN_OF_DOMAIN), 0)
+        if num_calls < MIN_CALLS or sizes.sum() > 2 * MAX_NUMBERS:
             return False
+        # What is in memory of the other domains is permuted again, if there is room for it.
+        others = np.where(is_own, 0, self._stop - self._first)
+        if sizes.sum() + others.sum() <= 2 * MAX_NUMBERS:
+            sizes += others
 
+        ends = sizes.cumsum()
         self._first = np.where(is_own, first, self._first)
         self._stop = self._first + sizes
         self._shift = ends - sizes - self._first
