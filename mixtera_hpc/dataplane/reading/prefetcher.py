@@ -113,8 +113,8 @@ class Prefetcher:
 
     def _await_batch(self, timeout_s: float) -> bool:
         """Wait for a batch; the lock is held. Return False if none has come within `timeout_s`."""
-        self._is_awaited = True
         try:
+            self._is_awaited = True
             return self._has_batch.wait_for(lambda: len(self._ready) > 0, timeout_s)
         finally:
             self._is_awaited = False
