@@ -26,6 +26,7 @@ from mixtera_hpc.dataplane.reading.residency.open_shards import max_open_shards
 from mixtera_hpc.dataplane.reading.rows import mapped_rows
 from mixtera_hpc.dataplane.reading.rows.mapped_rows import MappedPlaces, MappedRows
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.reading.stored import mapped_files
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import DataError
@@ -173,6 +174,20 @@ def test_blocks_are_loaded_in_bounded_memory_as_long_as_it_pays(
     assert contents == positioned(config)
     assert released
     assert 0 < sum(loaded) <= budget + sum(served_bytes) / mapped_rows.MIN_DENSITY
+
+
+@pytest.mark.usefixtures("_small_reads")
+def test_blocks_are_loaded_again_after_all_pages_were_released(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An access to a page that was released would wait for the file system with the interpreter's lock."""
+    _, num_loads = served(config)
+    monkeypatch.setattr(mapped_files, "MAX_RESIDENT_BYTES", 0)
+    monkeypatch.setattr(mapped_files, "RELEASE_EVERY_S", 0)
+    released: list[int] = []
+    monkeypatch.setattr(mapped_files, "release_pages", lambda address, num_bytes: released.append(address))
+    contents, num_loads_after_releases = served(config)
+    assert released
+    assert num_loads_after_releases > 2 * num_loads
+    assert contents == positioned(config)
 
 
 def test_released_blocks_leave_the_memory_of_the_process(tmp_path: Path) -> None:

@@ -163,22 +163,24 @@ class MappedFiles:
             self._memory[type_number] = FilesMemory(tokens, (self._address - low) // dtype.itemsize)
         return self._memory[type_number]
 
-    def limit_memory(self) -> None:
-        """Release the pages of all files if the process holds too many; see `MAX_RESIDENT_BYTES`.
+    def limit_memory(self) -> bool:
+        """Release the pages of all files if the process holds too many; see `MAX_RESIDENT_BYTES`. Return True if so.
 
         A page that was read once counts as memory of the process until then. A job whose memory is limited by such
         counts would be killed when it has read that much. The files stay mapped.
         """
         if self._mapped_bytes <= MAX_RESIDENT_BYTES:
-            return
+            return False
         now_s = self._clock()
         if now_s < self._next_release_s:
-            return
+            return False
         self._next_release_s = now_s + RELEASE_EVERY_S
-        if shared_bytes() > MAX_RESIDENT_BYTES:
-            files = np.flatnonzero(self._is_mapped)
-            for address, size in zip(self._address[files].tolist(), self._num_bytes[files].tolist(), strict=True):
-                release_pages(address, size)
+        if shared_bytes() <= MAX_RESIDENT_BYTES:
+            return False
+        files = np.flatnonzero(self._is_mapped)
+        for address, size in zip(self._address[files].tolist(), self._num_bytes[files].tolist(), strict=True):
+            release_pages(address, size)
+        return True
 
     def close(self) -> None:
         """Unmap all files."""
