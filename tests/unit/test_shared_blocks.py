@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,31 @@ def test_new_blocks_take_the_place_of_the_oldest_ones(memory: int) -> None:
         reader.line_bytes = 1000 + 80 * number
         assert reader.lines(number) == reader.expected(number)
     assert 40 < sum(reader.num_decoded for reader in readers) < 2000
+
+
+def test_a_block_that_is_being_written_keeps_its_place(memory: int) -> None:
+    other = Blocks(SharedBlocks(memory))
+
+    class Slow(SharedBlocks):
+        """Blocks during whose writing another reader asks for more than the ring holds."""
+
+        def _store(self, *arguments: Any) -> None:
+            self.is_storing = True
+            super()._store(*arguments)
+
+        def _place(self, start: int) -> int:
+            if self.is_storing:
+                self.is_storing = False
+                for number in range(1, 30):
+                    assert other.lines(number) == other.expected(number)
+            return super()._place(start)
+
+    slow = Slow(memory)
+    reader = Blocks(slow)
+    assert reader.lines(0) == reader.expected(0)
+    # The newest ones first: they are still in the ring.
+    for number in reversed(range(30)):
+        assert other.lines(number) == other.expected(number)
 
 
 def test_a_block_that_is_too_large_is_decoded_each_time(memory: int) -> None:
