@@ -1,6 +1,7 @@
 """Windows in memory that processes of a node share: each is built once, and no process gets other documents."""
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def memory() -> Iterator[int]:
 class Reader:
     """Streams that share windows, and the blocks that they read from the index."""
 
-    def __init__(self, source: Source, fd: int | None, selection: str = "") -> None:
+    def __init__(self, source: Source, fd: int | None) -> None:
         self.blocks: list[int] = []
         read = source.make_block_reader()
 
@@ -61,7 +62,7 @@ class Reader:
             self.blocks += blocks.tolist()
             return read(blocks, only_sizes=only_sizes)
 
-        shared = None if fd is None else SharedWindows(fd, selection)
+        shared = None if fd is None else SharedWindows(fd)
         self.streams = DomainStreams(source.layout, counted, source.domain_of, shared=shared)
 
     def epoch(self, source: Source, epoch: int) -> Columns:
@@ -131,11 +132,17 @@ def test_a_window_in_progress_is_read_last(source: Source, memory: int, monkeypa
     assert names[1:] == names[:1]
 
 
-def test_windows_of_another_selection_are_not_used(source: Source, memory: int) -> None:
-    Reader(source, memory, "a > 1").epoch(source, 0)
-    other = Reader(source, memory, "a > 2")
-    other.epoch(source, 0)
-    assert other.blocks
+def test_every_source_has_memory_of_its_own(collection: list[str]) -> None:
+    """Windows of another selection or seed have the same names."""
+    config = compose(collection)
+    sources = run_ranks(2, lambda comm: [open_source(config, comm) for _ in range(2)])
+    memories = [[source.window_memory for source in of_rank] for of_rank in sources]
+    inodes = [[os.fstat(memory.fd).st_ino for memory in of_rank if memory is not None] for of_rank in memories]
+    assert inodes[0] == inodes[1]
+    assert len(set(inodes[0])) == 2
+    # Reading processes get it too.
+    _, arguments = sources[0][0].__reduce__()
+    assert arguments[-1]["window_memory"] is memories[0][0]
 
 
 def test_a_window_that_the_memory_does_not_keep_is_built_without_its_lock(

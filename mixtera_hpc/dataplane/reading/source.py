@@ -234,7 +234,7 @@ class Source:
             self.domain_of,
             None if self.drop_filter is None else self.is_not_dropped,
             self.stream_version.served,
-            None if self.window_memory is None else SharedWindows(self.window_memory.fd, self.index.where_after_drops),
+            None if self.window_memory is None else SharedWindows(self.window_memory.fd),
         )
 
     def identity(self) -> dict[str, Any]:

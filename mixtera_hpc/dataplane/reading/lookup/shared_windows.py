@@ -30,15 +30,12 @@ MIN_SHARED_ROWS = 1024
 class SharedWindows:
     """The windows of a node, as one reading thread sees them. Not thread-safe."""
 
-    def __init__(self, fd: int, selection: str) -> None:
+    def __init__(self, fd: int) -> None:
         """Map the memory behind a descriptor, which may be closed afterwards.
 
-        Args:
-            fd: the descriptor, see `share_windows`.
-            selection: the expression that selects the samples of the streams; part of the identity of a window.
+        All its readers have the same `Source`, so domain, epoch and number identify a window. See `share_windows`.
         """
         self._blocks = SharedBlocks(fd)
-        self._selection = selection
         weakref.finalize(self, self._blocks.close)
 
     def can_share(self, num_rows: Ints, table: WindowTable) -> NDArray[np.bool_]:
@@ -64,7 +61,7 @@ class SharedWindows:
             busy = []
             for position in positions:
                 domain, epoch, number = keys[position]
-                name = f"window {domain} {epoch} {self._selection}"
+                name = f"window {domain} {epoch}"
                 documents = read(name, number, partial(_copy, table), partial(_built, build_one, position))
                 if documents is None:
                     busy.append(position)
