@@ -54,9 +54,10 @@ class Job:
     steps: int
     nodes: int
     """Nodes that are measured, each in a lane of its own."""
+    lanes: int = 16
 
 
-JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14))
+JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14), Job(1024, 8, 8, 14, 256))
 """1,024 ranks serve the corpus in 17 steps, and need new windows in each of them. Eight steps are read together."""
 
 
@@ -73,6 +74,7 @@ class RankCost:
 
     data: str
     num_ranks: int
+    lanes: int
     has_shared_windows: bool
     step_ms: float
     ratio: float
@@ -132,14 +134,14 @@ def main(options: Sequence[str] = ()) -> None:
     domain_streams.build_windows = _timed(domain_streams.build_windows)
     jobs = [job for job in JOBS if job.num_ranks in (1, *arguments.ranks)]
     costs = []
-    print(
-        f"{'data':8} {'ranks':>6} {'windows':>8} {'per step':>11} {'ratio':>18} {'of windows':>12} {'per sequence':>13}"
-    )
+    titles = ("data", 8), ("ranks", -6), ("lanes", -6), ("windows", -8), ("per step", -11), ("ratio", -18)
+    more_titles = ("of windows", -12), ("per sequence", -13)
+    print(*(f"{title:{'<' if width > 0 else '>'}{abs(width)}}" for title, width in (*titles, *more_titles)))
     for data in arguments.only:
         for cost in _measure(data, jobs, arguments.rounds):
             costs.append(cost)
             print(
-                f"{data:8} {cost.num_ranks:>6,} {'shared' if cost.has_shared_windows else 'own':>8} "
+                f"{data:8} {cost.num_ranks:>6,} {cost.lanes:>6} {'shared' if cost.has_shared_windows else 'own':>8} "
                 f"{cost.step_ms:>8.3f} ms {cost.ratio:>6.2f} ({cost.lowest:.2f}–{cost.highest:.2f}) "
                 f"{cost.windows_ms:>9.3f} ms {cost.windows_us_per_sequence:>10.3f} us",
                 flush=True,
@@ -150,8 +152,8 @@ def main(options: Sequence[str] = ()) -> None:
 def _measure(data: str, jobs: Sequence[Job], rounds: int) -> list[RankCost]:
     sources: dict[Job, Source] = {}
     for job in jobs:
-        size = f"dataplane.global_batch_size={OWN_SEQUENCES * job.num_ranks}"
-        sources[job] = open_source(compose([*DATA[data](), size]), Local())
+        settings = [f"dataplane.global_batch_size={OWN_SEQUENCES * job.num_ranks}", f"dataplane.lanes={job.lanes}"]
+        sources[job] = open_source(compose([*DATA[data](), *settings]), Local())
         # A new tokenizer is slow until it has seen most words.
         _step_s(sources[job], job, False, 0)
     seconds: dict[tuple[Job, bool], list[tuple[float, float]]] = {
@@ -168,7 +170,7 @@ def _step_s(source: Source, job: Job, has_shared_windows: bool, round_number: in
     # Nothing of what other rounds have read is in memory.
     node = Node(source, job.num_ranks, has_shared_windows=has_shared_windows)
     # Not at the same place of each lane, because the domains of a lane follow each other.
-    lane = job.num_ranks / 16
+    lane = job.num_ranks / job.lanes
     total = [0.0, 0.0]
     for number in range(job.nodes):
         place = (number + 0.5 + (number * 0.618 + round_number * 0.23) % 1) * lane
@@ -186,6 +188,7 @@ def _cost(
     return RankCost(
         data=data,
         num_ranks=job.num_ranks,
+        lanes=job.lanes,
         has_shared_windows=has_shared_windows,
         step_ms=statistics.median(total for total, _ in of_rounds) * 1e3,
         ratio=statistics.median(ratios),

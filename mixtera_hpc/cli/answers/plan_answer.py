@@ -34,6 +34,9 @@ from mixtera_hpc.trace.list import planned_sequences
 
 __all__ = ["print_decode_cost", "print_plan"]
 
+MAX_RANKS_PER_LANE = 16
+"""Ranks that share a lane before more lanes are proposed: with 64, most of a rank's time goes into windows."""
+
 
 def _job_time(config: Config, folder: RunFolder | None) -> JobTime | None:
     """Return the given time of a step, or the one that the run has measured; None if there is neither."""
@@ -96,7 +99,21 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
             f"they decode {less.amplification:.1f} bytes per byte served and take {less.memory_bytes / 1e9:.3g} GB of "
             "memory per node."
         )
+    elif (better_lanes := _lanes_for_windows(source, shape)) is not None:
+        open_console().print(
+            f"{shape.num_groups:,} ranks share {source.lanes.lanes} lanes, so each node builds windows of which it "
+            f"serves a small part. With dataplane.lanes={better_lanes}, set before the run begins, it builds only what "
+            "it serves."
+        )
     check_decode_cost(source, cost)
+
+
+def _lanes_for_windows(source: Source, shape: JobShape) -> int | None:
+    """Return a number of lanes with which nodes share no windows; None if few ranks share them, or without windows."""
+    plane = source.config.dataplane
+    lanes = min(shape.num_decoders, source.planner.batch_schedule.size_at(0))
+    is_shared = plane.shuffle == "window" and shape.num_groups >= MAX_RANKS_PER_LANE * source.lanes.lanes
+    return lanes if is_shared and lanes > source.lanes.lanes else None
 
 
 def _print_packing(source: Source) -> None:
