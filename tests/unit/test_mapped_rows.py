@@ -374,6 +374,46 @@ def test_a_file_that_was_cut_off_long_after_a_read_is_named_before_its_pages_are
     assert f"{shard} has changed while the run reads it: it has 0 bytes" in error
 
 
+def test_rows_that_change_between_their_read_and_their_decoding_are_not_served(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", 0)
+    source = open_source(config, Local())
+    maker = BatchMaker(source, BatchSlice(), audit=False)
+    plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
+    batches = maker.batches(plan, 0)
+    next(batches)
+    assert mapped_of(maker).num_loads
+    for shard in Path(source.index.data_root).glob("*.jsonl"):
+        content = shard.read_bytes().replace(b"z", b"y")
+        with shard.open("r+b") as file:
+            file.write(content)
+    with pytest.raises(DataError, match="has changed while the run reads it"):
+        next(batches)
+    maker.close()
+
+
+def test_nothing_is_loaded_behind_the_end_of_a_file_that_is_shorter_than_indexed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(config, Local())
+    for shard in Path(source.index.data_root).glob("*.jsonl"):
+        os.truncate(shard, shard.stat().st_size // 2)
+    maker = BatchMaker(source, BatchSlice(), audit=False)
+    stops: list[int] = []
+    monkeypatch.setattr(mapped_rows, "load_pages", lambda address, num_bytes: stops.append(address + num_bytes))
+    plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
+    with pytest.raises(DataError, match="has changed while the run reads it"):
+        next(maker.batches(plan, 0))
+    files = mapped_of(maker)._files
+    numbers = np.flatnonzero(files.is_mapped(np.arange(len(source.index.shard_paths))))
+    first = files.addresses(numbers)
+    last = first + files.num_bytes(numbers)
+    assert stops
+    assert all(((first < stop) & (stop <= last)).any() for stop in stops)
+    maker.close()
+
+
 def test_pages_behind_the_end_of_a_file_are_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * mmap.PAGESIZE))
