@@ -20,6 +20,7 @@ from mixtera_hpc.dataplane.reading.stored.block_loads import REPEAT_AFTER_S, Blo
 from mixtera_hpc.dataplane.reading.stored.document_places import Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
+from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import ComparisonPace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.readers.megatron import MegatronFormat
 from mixtera_hpc.index.build.build import build_index
@@ -176,3 +177,36 @@ def test_a_kernel_without_the_call_is_no_error(source: Source, monkeypatch: pyte
     loads = BlockLoads(source, np.ones(len(source.blocks), np.bool_), files_of(source))
     loads.load(documents, places_of(source, documents))
     assert len(calls) == 1
+
+
+def test_a_file_is_compared_after_a_read_as_well(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison before a read does not see a change that follows it."""
+    monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", 0)
+    monkeypatch.setattr(comparison_pace, "LATE_S", 0)
+    documents = some_documents(source)
+    with contextlib.closing(DocumentReader(source)) as reader:
+        for _ in range(2):
+            reader.prepare(documents, [int(documents.wanted.sum())])
+            reader.check_unchanged()
+        reader.prepare(documents, [int(documents.wanted.sum())])
+        for name in "ab":
+            with (Path(source.index.data_root) / f"{name}.bin").open("ab") as file:
+                file.write(b"more")
+        for _ in range(2):
+            with pytest.raises(DataError, match="has changed while the run reads it"):
+                reader.check_unchanged()
+
+
+def test_every_check_after_a_change_raises(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of the changed file may be in memory."""
+    documents = some_documents(source)
+    with contextlib.closing(DocumentReader(source)) as reader:
+        reader.prepare(documents, [int(documents.wanted.sum())])
+        reader.check_unchanged()
+        reader.prepare(documents, [int(documents.wanted.sum())])
+        (Path(source.index.data_root) / "a.bin").unlink()
+        with pytest.raises(DataError, match="has changed while the run reads it"):
+            reader.compare()
+        monkeypatch.setattr(ComparisonPace, "is_due", lambda pace: False)
+        with pytest.raises(DataError, match="has changed while the run reads it"):
+            reader.check_unchanged()
