@@ -54,7 +54,7 @@ def _check_merges(model: Part) -> None:
 
 
 def _check_added_tokens(content: Part, added: Sequence[Part]) -> None:
-    """Raise ValueError for ids, flags and neighbours of added tokens that the two libraries treat differently."""
+    """Raise ValueError for ids, flags and texts of added tokens that the two libraries treat differently."""
     vocabulary = content["model"]["vocab"]
     every = content.get("added_tokens") or []
     # `tokenizers` gives consecutive ids to those that the vocabulary lacks, whatever the file says.

@@ -18,11 +18,11 @@ Ints = NDArray[np.int64]
 MAX_NUMBERS = 1 << 13
 """Sequences of common domains that are permuted together; as many again may belong to rare ones."""
 CALLS_AHEAD = 8
-"""Calls whose sequences are permuted together, if the following ones are like the first."""
+"""Calls whose sequences are permuted together, if all are as large as the first."""
 MIN_OF_DOMAIN = 16
 """Sequences of each domain that are permuted together, at least: a rare domain is not in every call."""
 MIN_CALLS = 3
-"""Calls that have to use what was permuted together. Otherwise the next `PAUSE` calls permute their own sequences."""
+"""Calls that must use what was permuted together. If fewer do, the next `PAUSE` calls permute their own sequences."""
 PAUSE = 64
 
 

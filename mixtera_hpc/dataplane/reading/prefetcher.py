@@ -3,8 +3,8 @@
 The thread expands plans, reads, decompresses, tokenizes and packs. It never calls MPI. It stays at most
 `prefetch_batches` ahead of the trainer. An error in it is raised in the main thread, at the step it belongs to.
 
-While the trainer waits for a batch, the thread pauses until it has taken it. Otherwise both would compete for the
-interpreter's lock, which a thread keeps for 5 ms, and several batches would leave the cache before they are used.
+If the trainer waits for a batch, the thread hands it over and pauses until the trainer has taken it. Otherwise the
+thread would keep the interpreter's lock for up to 5 ms, and make further batches that push this one out of the cache.
 """
 
 import queue
@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource, with_sampl
 __all__ = ["Prefetcher"]
 
 HAND_OVER_S = 0.01
-"""Seconds for which the thread waits at most until a batch that the trainer waits for is taken."""
+"""Longest pause of the thread, in seconds, after it has made a batch that the trainer waits for."""
 
 
 @dataclass(frozen=True, slots=True)

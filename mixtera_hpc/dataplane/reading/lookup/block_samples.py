@@ -1,8 +1,8 @@
 """The samples of blocks, sorted by domain: one read of the index serves all domains of a block, in every epoch.
 
 Price: about 0.2 µs per sample of a block, once as long as all blocks in use fit into the budget. Blocks with one domain
-only are read without the columns that decide the domain. The memory is about 13
-bytes per selected sample, and 12 bytes per domain that a block has.
+only are read without the columns that decide the domain. The memory is about 13 bytes per selected sample, and 12 bytes
+per domain that a block has.
 """
 
 from collections.abc import Callable
