@@ -49,3 +49,8 @@ def test_the_files_that_were_not_used_for_longest_are_unmapped(monkeypatch: pyte
         files.map(np.array(requested))
         assert np.flatnonzero(files.is_mapped(np.arange(6))).tolist() == sorted(files._files) == mapped
         assert files._mapped_bytes == sum(mapped)
+
+
+def test_a_file_that_was_truncated_inside_a_token_has_the_tokens_before_it(tmp_path: Path) -> None:
+    (tmp_path / "tokens.bin").write_bytes(bytes([1, 0, 2, 0, 3]))
+    assert map_array(tmp_path / "tokens.bin", np.dtype("<u2")).tolist() == [1, 2]

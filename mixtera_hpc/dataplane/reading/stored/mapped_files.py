@@ -33,7 +33,7 @@ The pages of the windows in use come back from the page cache, within millisecon
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Map a file into memory as one array.
+    """Map a file into memory as one array, without the rest if it was truncated inside an item.
 
     Raises:
         DataError: the file cannot be read.
@@ -41,7 +41,8 @@ def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return map_descriptor(descriptor).view(dtype)
+            content = map_descriptor(descriptor)
+            return content[: len(content) - len(content) % dtype.itemsize].view(dtype)
         finally:
             os.close(descriptor)
     except OSError as error:
