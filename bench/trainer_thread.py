@@ -9,13 +9,17 @@ with a reading thread and with a reading process take turns; before each turn, t
 The times of pieces are compared, without the time that the trainer waits for data. They do not contain the time in
 which the thread could run and had no core, so that they are the same on a machine with other load.
 
-Steps without a plane have two turns in each round. The ratio of the two is the noise of the measurement. *p99 ratio* is
+Steps without a plane have two turns in each round. The ratio of the two is the noise of the measurement. In a third
+turn without a plane, a process that shares nothing with the trainer copies memory, about as long as a plane reads: the
+cores of a machine share caches, memory and power, so this disturbs the trainer as well. *p99 ratio* is
 the median over all rounds of the ratio of p99, *pooled* the ratio of the p99 of all pieces of all rounds. A reading
 thread that does not get the interpreter lets the trainer wait instead of disturbing it, so the wait is printed as well,
 and the CPU time of the plane in the trainer's thread.
 """
 
 import argparse
+import itertools
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +47,23 @@ UNITS = {
 }
 NOTHING = "nothing"
 AGAIN = "nothing, again"
+COPIES = "another process"
 MODES = {"thread": 0, "process": 1}
 """Name of the reader → `dataplane.workers`."""
+
+COPIER = """
+import sys, time
+import numpy as np
+source, target = np.ones(1 << 20), np.empty(1 << 20)
+for line in sys.stdin:
+    end_s = time.process_time() + float(line)
+    while time.process_time() < end_s:
+        np.copyto(target, source)
+"""
+STEPS_PER_BURST = 8
+"""Steps whose batches a plane reads together."""
+BURST_S = 0.013
+"""CPU time in which a plane reads these batches: 500,000 tokens, or 2,000 samples in 0.005."""
 
 Step = Callable[[], list[float]]
 """A step of the trainer; returns the times of its pieces in seconds."""
@@ -80,7 +99,7 @@ def main(options: Sequence[str] = ()) -> None:
 class _Turns:
     """The turns of one kind of steps."""
 
-    def __init__(self, step: Step, batches: Iterator[Batch] | None) -> None:
+    def __init__(self, step: Step, batches: Iterator[Batch | None] | None) -> None:
         """Take the batches of a plane, or none."""
         self._step = step
         self._batches = batches
@@ -133,12 +152,26 @@ def _compare(step: Step, words: list[str], rounds: int) -> Iterator[dict[str, An
             batches = iter(planes.enter_context(DataPlane.open(config)))
             next(batches)
             turns[mode] = _Turns(step, batches)
+        turns[COPIES] = _Turns(step, _bursts(planes))
         for number in range(rounds):
             # In both directions, so that no mode always follows the same one.
             for of_mode in list(turns.values())[:: 1 if number % 2 == 0 else -1]:
                 of_mode.take()
-    for mode in (AGAIN, *MODES):
+    for mode in (AGAIN, COPIES, *MODES):
         yield turns[mode].result(mode, turns[NOTHING])
+
+
+def _bursts(exits: ExitStack) -> Iterator[None]:
+    """Start a process, and let it copy memory whenever a plane would read."""
+    command = [sys.executable, "-c", COPIER]
+    process = exits.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1))
+    pipe = process.stdin
+    assert pipe is not None
+    exits.callback(pipe.close)
+    for step in itertools.count():
+        if step % STEPS_PER_BURST == 0:
+            pipe.write(f"{BURST_S}\n")
+        yield None
 
 
 def _clock_s() -> float:
