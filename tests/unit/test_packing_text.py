@@ -52,7 +52,7 @@ def test_a_report_of_a_packed_run_says_what_its_plan_says(
     run_ranks(2, train)
     assert main(["plan", str(folder.path)]) == 0
     printed = capsys.readouterr().out
-    assert "at most 1.25× for formats that read single rows" in printed
+    assert "at most 4× for formats that read single rows" in printed
     planned = numbers_in(printed)
     concat, best_fit, documents, before, after = planned
     assert 0 <= best_fit < concat <= 100 and documents > 0

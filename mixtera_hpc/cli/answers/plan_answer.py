@@ -24,11 +24,11 @@ from mixtera_hpc.dataplane.reading.residency.decode_cost import (
     cost_with_more_lanes,
     decode_cost,
 )
+from mixtera_hpc.dataplane.reading.rows.mapped_rows import MIN_DENSITY
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, list_names, pluralize
-from mixtera_hpc.formats.codecs.positioned_reads import MAX_UNUSED
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 
@@ -146,7 +146,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
     )
     console.print(
         f"Read amplification: {step.read_amplification:.1f}× for formats that read whole blocks, without a cache; "
-        f"at most {1 + MAX_UNUSED}× for formats that read single rows"
+        f"at most {1 / MIN_DENSITY:g}× for formats that read single rows"
     )
 
     _print_fractions(source)

@@ -28,7 +28,7 @@ from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.file_memory import load_pages, release_pages, request_pages
 
-__all__ = ["MappedRows"]
+__all__ = ["MIN_DENSITY", "MappedRows"]
 
 logger = logging.getLogger("mixtera_hpc")
 
