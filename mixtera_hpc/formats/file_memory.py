@@ -129,4 +129,4 @@ class _Mapping:
     def __init__(self, address: int, size: int, owners: object = None) -> None:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}
         self.owners = owners
-        """What the memory belongs to, if it is not this object."""
+        """The objects that the memory belongs to; None if it is this one."""

@@ -125,7 +125,7 @@ def test_a_reader_loads_what_it_copies(source: Source, loaded: list[tuple[int, i
 def test_only_the_wanted_tokens_are_loaded_also_if_documents_are_copied_together(
     limit: str, source: Source, loaded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of large blocks, and of much data in the order of sequences."""
+    """Large blocks, and much data in the order of sequences, are not loaded as a whole."""
     monkeypatch.setattr(block_loads, limit, 0)
     plane = replace(source.config.dataplane, shuffle="sequence")
     sequences = open_source(replace(source.config, dataplane=plane), Local())
@@ -198,7 +198,7 @@ def test_a_file_is_compared_after_a_read_as_well(source: Source, monkeypatch: py
 
 
 def test_every_check_after_a_change_raises(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read of the changed file may be in memory."""
+    """Tokens that were read of the changed file may be in memory."""
     documents = some_documents(source)
     with contextlib.closing(DocumentReader(source)) as reader:
         reader.prepare(documents, [int(documents.wanted.sum())])

@@ -291,7 +291,7 @@ def _few_descriptors() -> Iterator[None]:
 def test_with_more_shards_than_may_be_open_small_blocks_are_loaded_for_one_row(
     cache_bytes: int, loads_per_block: int, tmp_path: Path
 ) -> None:
-    """Where the budget is too small, they are loaded again and again, about once in each of the two epochs."""
+    """Load blocks again and again where the budget is too small: about once in each of the two epochs."""
     num_shards = 80
     assert num_shards > max_open_shards()
     for number in range(num_shards):
