@@ -71,7 +71,7 @@ class RawSamples:
             rows = self._rows[numbers]
             self._rows[numbers] = [None] * len(rows)
             return rows
-        groups = row_groups(encoded.memory, encoded.own, self._first[numbers], self._stop[numbers])
+        groups = row_groups(encoded, self._first[numbers], self._stop[numbers])
         return self._reader.decode(encoded, groups, partial(self._documents.select, numbers))
 
 
@@ -201,7 +201,7 @@ class DocumentReader:
             DataError: the shard of a sample is damaged or has changed.
         """
         self.place.enter(READ)
-        self._rows.begin_use(encoded.shards)
+        self._rows.compare_before_use(encoded.shards)
         samples = self._rows.decode(encoded.decoder, groups, documents_of)
         if len(encoded.shards):
             self.check_unchanged()

@@ -56,8 +56,7 @@ class Documents:
     last: Ints
     """One past the last item that is wanted."""
     part_sizes: Ints | None = None
-    """Documents of each part in turn, if they are parts of windows; the documents of a part have consecutive numbers.
-    """
+    """Number of documents of each part in turn, if these are parts of windows: then they have consecutive numbers."""
 
     @cached_property
     def wanted(self) -> Ints:

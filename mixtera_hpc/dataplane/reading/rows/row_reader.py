@@ -117,7 +117,7 @@ class RowReader:
         for read, own in zip(reads, chosen, strict=True):
             rows += read.rows
             if read.encoded is not None:
-                groups = encoded_groups(read.encoded, np.arange(len(read.encoded.first)))
+                groups = row_groups(read.encoded, read.encoded.first.tolist(), read.encoded.stop.tolist())
                 rows += self.decode(read.encoded.decoder, groups, partial(documents.select, own[read.positions]))
         return ReadRows(rows, positions)
 
@@ -128,7 +128,7 @@ class RowReader:
 
         Args:
             decoder: that of `EncodedRows`.
-            groups: the bytes of some samples, those of one call after the other.
+            groups: the bytes of some samples, in groups that are decoded together.
             documents_of: returns their documents, in the same order.
 
         Raises:
@@ -195,7 +195,7 @@ class RowReader:
         mapped = NOT_MAPPED if self._mapped is None else self._mapped.find(documents, shards, self.place)
         texts: list[Any] = []
         if len(mapped.chosen) and not raw:
-            self.begin_use(shards)
+            self.compare_before_use(shards)
             texts = _mapped_texts(decoder, mapped)
         # Rows in mapped memory, then all others.
         rows: list[Any] = []
@@ -218,8 +218,11 @@ class RowReader:
         )
         return ReadRows([], positions, encoded)
 
-    def begin_use(self, shards: NDArray[np.int32]) -> None:
-        """Record that rows of mapped shards are decoded."""
+    def compare_before_use(self, shards: NDArray[np.int32]) -> None:
+        """Compare mapped shards whose rows are decoded next, if that was not done for a long time.
+
+        They are recorded as used, so that the comparison that follows the decoding covers them, too.
+        """
         if not len(shards):
             return
         self._guard.use(shards)
@@ -362,13 +365,10 @@ class RowReader:
         return shard
 
 
-def encoded_groups(rows: EncodedRows, numbers: NDArray[np.intp]) -> Iterator[list[Row]]:
-    """Return the bytes of some rows, those that are decoded together at a time."""
-    return row_groups(rows.memory, rows.own, rows.first[numbers].tolist(), rows.stop[numbers].tolist())
-
-
-def row_groups(memory: memoryview, own: Sequence[bytes], first: list[int], stop: list[int]) -> Iterator[list[Row]]:
-    """Return the bytes of rows, those that are decoded together at a time; see `EncodedRows`."""
+def row_groups(rows: EncodedRows, first: list[int], stop: list[int]) -> Iterator[list[Row]]:
+    """Yield the bytes of the rows with these places, in groups that are decoded together; see `EncodedRows`."""
+    memory = rows.memory
+    own = rows.own
     for begin in range(0, len(first), DECODED_AT_ONCE):
         group = slice(begin, begin + DECODED_AT_ONCE)
         yield [memory[a:b] if b else own[a] for a, b in zip(first[group], stop[group], strict=True)]
