@@ -1,6 +1,7 @@
 """Whatever encodes many texts says why a tokenizer is left to the slower library."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_the_slower_library_is_named_with_the_reason(tmp_path: Path, caplog: pyt
     with DataPlane.open(config) as plane:
         next(iter(plane))
     assert WARNING not in caplog.text
+
+
+def test_a_build_that_writes_a_token_store_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configured(tmp_path / "slow", is_split=False)
+    report = build_index(replace(config, data=replace(config.data, materialize="always")), announce=lambda plan: None)
+    assert report.token_store is not None
+    assert caplog.text.count(WARNING) == 1
 
 
 def test_the_faster_library_is_not_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

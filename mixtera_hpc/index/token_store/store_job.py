@@ -101,8 +101,10 @@ def write_store(
             _write_units(_UnitQueue(index, tokenizer, files, job), comm, None)
         else:
             check_fresh(index)
-            warn_of_slow_encoding(tokenizer)
-            sources = sources or StoreSources()
+            if sources is None:
+                # A build, which has sources, has warned when it began.
+                warn_of_slow_encoding(tokenizer)
+                sources = StoreSources()
             _make_folder(files)
             with build_lock(files.folder), _explain_disk_errors(files):
                 job = prepare_store(index, files, tokenizer, _chat_loss(config, index), sources.kept, announce)
