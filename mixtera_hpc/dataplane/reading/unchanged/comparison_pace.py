@@ -15,8 +15,8 @@ PAUSE_PER_DURATION = 19.0
 """Length of the pause after a comparison, as a multiple of its duration: comparisons take 1 / 20 of the time."""
 MAX_PAUSE_S = 10.0
 """The longest pause. It ends the bound of 5 % where a comparison takes more than half a second."""
-LATE_S = 0.1
-"""Reads that are this much later than the end of a pause are slow: another comparison delays nothing."""
+LATE_S = 0.005
+"""Reads that are this much later than the end of a pause are slow enough for another comparison before them."""
 
 
 class ComparisonPace:
