@@ -90,9 +90,9 @@ class DocumentReader:
         index = source.index
         self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states, source.shard_stamps)
         self._rows = RowReader(source, self._guard, streams, window_share)
-        self._rows.compare_if_late = self._compare_if_late
+        self._rows.compare_before_use = self._compare_before_use
         self._texts = TextGather(source, self._rows)
-        self._gather = TokenGather(source, self._guard, self._compare_if_late)
+        self._gather = TokenGather(source, self._compare_before_use)
         self.pace = ComparisonPace()
         """When files are compared; see `check_unchanged`."""
 
@@ -122,15 +122,15 @@ class DocumentReader:
         """Compare the files that were read, and all stores; see `check_unchanged`."""
         self._explain(partial(self.pace.measure, self._compare_all))
 
-    def _compare_if_late(self) -> bool:
-        """Compare the files that are read next if the last comparison was long ago; return whether it was.
+    def _compare_before_use(self, shards: NDArray[np.integer[Any]]) -> None:
+        """Record that mapped shards are read next, and compare them first if the last comparison was long ago.
 
         Without it, a file that became shorter would end the process. The comparison after the read stays due.
         """
-        is_late = self.pace.is_late()
-        if is_late:
+        self._guard.use(shards)
+        if self.pace.is_late():
             self._explain(partial(self.pace.measure, self._compare_all, is_before_read=True))
-        return is_late
+            self._guard.use(shards)
 
     def _explain(self, compare: Callable[[], None]) -> None:
         """Call `compare`; if it finds a change, say which batches may hold changed data."""
@@ -201,7 +201,8 @@ class DocumentReader:
             DataError: the shard of a sample is damaged or has changed.
         """
         self.place.enter(READ)
-        self._rows.compare_before_use(encoded.shards)
+        if len(encoded.shards):
+            self._compare_before_use(encoded.shards)
         samples = self._rows.decode(encoded.decoder, groups, documents_of)
         if len(encoded.shards):
             self.check_unchanged()

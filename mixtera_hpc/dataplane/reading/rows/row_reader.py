@@ -63,10 +63,8 @@ class RowReader:
         self._streams = streams
         self._window_share = window_share
         self._guard = guard
-        self.compare_if_late: Callable[[], bool] = lambda: False
-        """Compares the shards in use, see `ShardGuard`, if that was not done for a long time; returns whether it did.
-
-        Pages of a file that became shorter cannot be read any more, and an access would kill the process."""
+        self.compare_before_use: Callable[[NDArray[np.int32]], None] = guard.use
+        """Called with the mapped shards whose rows are decoded next; see `DocumentReader`."""
         self.place = ReadPlace()
         """The place of this reader in the data, for the watchdog."""
         index = source.index
@@ -217,17 +215,6 @@ class RowReader:
             shards=distinct_shards(shards[mapped.chosen]),
         )
         return ReadRows([], positions, encoded)
-
-    def compare_before_use(self, shards: NDArray[np.int32]) -> None:
-        """Compare mapped shards whose rows are decoded next, if that was not done for a long time.
-
-        They are recorded as used, so that the comparison that follows the decoding covers them, too.
-        """
-        if not len(shards):
-            return
-        self._guard.use(shards)
-        if self.compare_if_late():
-            self._guard.use(shards)
 
     def _read_positioned(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool

@@ -18,7 +18,6 @@ from mixtera_hpc.dataplane.reading.stored.block_loads import BlockLoads
 from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces, Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
 from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
-from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -41,18 +40,15 @@ class TokenWriter(Protocol):
 class TokenGather:
     """Reads documents that are stored as token ids. Not thread-safe: one per reading thread."""
 
-    def __init__(self, source: Source, guard: ShardGuard, compare_if_late: Callable[[], bool]) -> None:
-        """Map nothing yet; shards are mapped when they are needed, and recorded in `guard`.
+    def __init__(self, source: Source, compare_before_use: Callable[[NDArray[np.integer[Any]]], None]) -> None:
+        """Map nothing yet; shards are mapped when they are needed.
 
         Args:
             source: the data.
-            guard: notices shards that change.
-            compare_if_late: compares the files that are read next if that was not done for a long time, and returns
-                whether it did.
+            compare_before_use: called with the mapped shards that are read next; see `DocumentReader`.
         """
         self._source = source
-        self._guard = guard
-        self._compare_if_late = compare_if_late
+        self._compare_before_use = compare_before_use
         self._is_stored = blocks_with_tokens(source)
         self.holds_all = bool(self._is_stored.all())
         """True if all blocks of the index are stored as token ids."""
@@ -87,10 +83,7 @@ class TokenGather:
         documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
-        shards = files[files < self._num_shards]
-        self._guard.use(shards)
-        if self._compare_if_late():
-            self._guard.use(shards)
+        self._compare_before_use(files[files < self._num_shards])
         if len(files) <= MAX_MAPPED_FILES:
             types = self._files.map(files)
             # Each integer type has an array of its own.
