@@ -53,7 +53,12 @@ def make_index(folder: Path, num_blocks: int = 4_000_000, sources_per_block: int
         _replace_columns(file["blocks"], shard=shard, rows=block_rows, length=length, offset=offset)
         _replace_columns(file["histogram"], count=count, combo=combo, rows=rows, tokens=tokens)
         _replace_shards(file["shards"], num_blocks, length)
-        file.attrs["num_samples"] = num_blocks * BLOCK_ROWS
+        num_samples = num_blocks * BLOCK_ROWS
+        # The index as a whole is its only generation.
+        num_shards = -(-num_blocks // BLOCKS_PER_SHARD)
+        totals = {"shards": num_shards, "blocks": num_blocks, "cells": len(combo), "samples": num_samples}
+        _replace_columns(file["generations"], **{name: np.array([total]) for name, total in totals.items()})
+        file.attrs["num_samples"] = num_samples
         file.attrs["chunk_rows"] = BLOCK_ROWS
     return partial.rename(path)
 
