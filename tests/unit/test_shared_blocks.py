@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,36 @@ def test_a_block_that_is_too_large_is_decoded_each_time(memory: int) -> None:
     reader = Blocks(SharedBlocks(memory), RING_BYTES)
     assert reader.lines(0) == reader.lines(0) == reader.expected(0)
     assert reader.num_decoded == 2
+
+
+def test_readers_decode_a_block_that_is_too_large_at_the_same_time(memory: int) -> None:
+    entered = threading.Event()
+    others = threading.Barrier(3)
+    data = bytes(RING_BYTES)
+    results: list[list[bytes]] = []
+
+    def decode_first() -> DecodedLines:
+        entered.set()
+        # Time for the others to wait for this reader.
+        time.sleep(0.1)
+        return DecodedLines(data, np.array([1, len(data)]))
+
+    def decode_together() -> DecodedLines:
+        # Raises an error if one of them waits for another one.
+        others.wait(timeout=20)
+        return DecodedLines(data, np.array([1, len(data)]))
+
+    def read(decode: Callable[[], DecodedLines]) -> None:
+        results.append(SharedBlocks(memory, patience_s=600).lines("s", 0, np.array([0]), decode))
+
+    threads = [threading.Thread(target=read, args=[decode]) for decode in (decode_first, *[decode_together] * 3)]
+    threads[0].start()
+    entered.wait()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=600)
+    assert results == [[data[:1]]] * 4
 
 
 def test_readers_wait_for_the_one_that_decodes(memory: int) -> None:

@@ -3,8 +3,9 @@
 Whoever asks first for a block decodes it, while the others wait for that block. The memory is a ring: a new block takes
 the place of the oldest ones. It has no name and its locks belong to open files, so nothing is left behind by a process
 that is killed, and a block that it was writing is never served. A process that is stopped does not stop the others:
-after `PATIENCE_S` they decode a block themselves. Price: a few microseconds and one copy per row, and about 20 µs per
-decoded block. For Parquet, every read copies the whole column of a row group.
+after `PATIENCE_S` they decode a block themselves. A block that is too large for the ring is recorded as such, and
+every process then decodes it without waiting for others. Price: a few microseconds and one copy per row, and about
+20 µs per decoded block. For Parquet, every read copies the whole column of a row group.
 """
 
 import fcntl
@@ -35,7 +36,7 @@ MIN_PAUSE_S = 50e-6
 MAX_PAUSE_S = 0.02
 MAX_ENTRIES = 4096
 _COLUMNS = ("state", "key", "check", "start", "size")
-_EMPTY, _WRITING, _READY = range(3)
+_EMPTY, _WRITING, _READY, _TOO_LARGE = range(4)
 RESERVED_BYTES = 64
 """The memory begins with the end of the ring, behind what its owner writes there."""
 HEADER_BYTES = RESERVED_BYTES + 8 * (1 + MAX_ENTRIES * len(_COLUMNS))
@@ -164,7 +165,7 @@ class SharedBlocks:
                 buffers, part = decode()
                 self._store(key, check, buffers)
                 return part
-        except _OverdueError:
+        except (_OverdueError, _TooLargeError):
             return decode()[1]
 
     def close(self) -> None:
@@ -174,24 +175,32 @@ class SharedBlocks:
             self._fd = -1
 
     def _find(self, key: int, check: int, take: Callable[[mmap.mmap, int, int], T]) -> T | None:
-        """Return a part of a block that is in memory, else None."""
+        """Return a part of a block that is in memory, else None.
+
+        Raises:
+            _TooLargeError: a process has decoded the block, which is too large for the memory.
+        """
         # While this lock is held, nothing in the ring is given to other blocks.
         with self._lock(_DIRECTORY, is_shared=True):
             columns = self._columns
-            slots = np.flatnonzero((columns["key"] == key) & (columns["check"] == check) & (columns["state"] == _READY))
+            slots = np.flatnonzero((columns["key"] == key) & (columns["check"] == check) & (columns["state"] >= _READY))
             if not len(slots):
                 return None
             slot = int(slots[0])
+            if columns["state"][slot] == _TOO_LARGE:
+                raise _TooLargeError
             first = self._place(int(columns["start"][slot]))
             return take(self._memory, first, first + int(columns["size"][slot]))
 
     def _store(self, key: int, check: int, buffers: Sequence[Buffer]) -> None:
-        """Copy a block into the ring, unless it is too large or a lock cannot be had in time."""
+        """Copy a block into the ring, or record that it is too large, unless a lock cannot be had in time."""
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         num_bytes = sum(map(len, views))
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        if size > self.max_block_bytes:
-            return
+        is_too_large = size > self.max_block_bytes
+        if is_too_large:
+            views = []
+            size = 0
         try:
             with self._lock(_DIRECTORY):
                 slot = self._reserve(key, size)
@@ -204,7 +213,7 @@ class SharedBlocks:
                 self._memory[first : first + len(view)] = view
                 first += len(view)
             with self._lock(_DIRECTORY):
-                self._columns["state"][slot] = _READY
+                self._columns["state"][slot] = _TOO_LARGE if is_too_large else _READY
         except _OverdueError:
             # The block is not shared. Its place is reused like that of a killed process.
             return
@@ -294,6 +303,10 @@ class SharedBlocks:
 
 class _OverdueError(Exception):
     """Raised when another process holds a lock for too long."""
+
+
+class _TooLargeError(Exception):
+    """Raised instead of waiting for the decoding of a block that the memory does not keep."""
 
 
 class _BusyError(Exception):

@@ -41,7 +41,7 @@ class SharedWindows:
     def can_share(self, num_rows: Ints, table: WindowTable) -> NDArray[np.bool_]:
         """Return which windows the processes share, by the number of their documents; shape (len(num_rows),).
 
-        The memory does not keep a very large window. Every process would then build it while all others wait.
+        The memory does not keep a very large window, so every process builds it, without waiting for another one.
         """
         fits = num_rows * table.row_bytes <= self._blocks.max_block_bytes
         return (num_rows >= MIN_SHARED_ROWS) & fits
