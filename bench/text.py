@@ -233,9 +233,9 @@ def _amplification(source: Source, reads: Reads, num_steps: int) -> FigureLine:
     loaded: list[int] = []
     original = mapped_rows.load_pages
 
-    def record(address: int, num_bytes: int) -> None:
+    def record(address: int, num_bytes: int) -> bool:
         loaded.append(num_bytes)
-        original(address, num_bytes)
+        return original(address, num_bytes)
 
     mapped_rows.load_pages = record
     try:

@@ -5,6 +5,7 @@ called instead. A mapping does not need the descriptor it was made with.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -70,7 +71,7 @@ def spanning_memory(first: int, stop: int, owners: object) -> NDArray[np.uint8]:
     return np.asarray(_Mapping(first, stop - first, owners))
 
 
-def load_pages(address: int, num_bytes: int) -> None:
+def load_pages(address: int, num_bytes: int) -> bool:
     """Read mapped memory into the page cache and map its pages, so that no access to it waits for the file system.
 
     Other threads run meanwhile. An access would hold the interpreter's lock, and kill the process on an error.
@@ -79,12 +80,18 @@ def load_pages(address: int, num_bytes: int) -> None:
         address: of memory that `map_descriptor` has returned.
         num_bytes: size of the memory.
 
+    Returns:
+        False if the kernel is older than Linux 5.14, which cannot do so.
+
     Raises:
-        OSError: EINVAL if the kernel is older than Linux 5.14; EFAULT if the file is too short or cannot be read.
+        OSError: the file is too short, or cannot be read (EFAULT).
     """
-    if not _advise(address, num_bytes, _MADV_POPULATE_READ):
-        code = ctypes.get_errno()
+    if _advise(address, num_bytes, _MADV_POPULATE_READ):
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
         raise OSError(code, os.strerror(code))
+    return False
 
 
 def read_single_pages(address: int, num_bytes: int) -> None:

@@ -1,7 +1,6 @@
 """Blocks of token files are loaded from the file system before documents are copied from them."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,15 +167,15 @@ def test_a_shard_that_is_truncated_while_it_is_mapped_is_refused(
 def test_a_kernel_without_the_call_is_no_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def refuse(address: int, num_bytes: int) -> None:
+    def refuse(address: int, num_bytes: int) -> bool:
         calls.append(address)
-        raise OSError(errno.EINVAL, "Invalid argument")
+        return False
 
     monkeypatch.setattr(block_loads, "load_pages", refuse)
     documents = some_documents(source)
     loads = BlockLoads(source, np.ones(len(source.blocks), np.bool_), files_of(source))
     loads.load(documents, places_of(source, documents))
-    assert len(calls) == 1
+    assert calls
 
 
 def test_a_file_is_compared_after_a_read_as_well(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.file_memory import map_descriptor, release_pages
+from mixtera_hpc.formats import file_memory
+from mixtera_hpc.formats.file_memory import load_pages, map_descriptor, release_pages
 
 
 def mapped_paths() -> str:
@@ -78,3 +79,14 @@ def test_no_page_is_released_for_an_empty_file() -> None:
         page.write(b"x" * mmap.PAGESIZE)
         release_pages(np.frombuffer(page, np.uint8).ctypes.data + 100, 0)
         assert page[:] == b"x" * mmap.PAGESIZE
+
+
+def test_a_kernel_that_cannot_load_pages_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    with path.open("rb") as file:
+        content = map_descriptor(file.fileno())
+    assert load_pages(content.ctypes.data, content.nbytes)
+    # Linux before 5.14 takes the number for an unknown one.
+    monkeypatch.setattr(file_memory, "_MADV_POPULATE_READ", 9999)
+    assert not load_pages(content.ctypes.data, content.nbytes)

@@ -11,7 +11,6 @@ Price: about 0.3 µs per row with the decoder's copy, and 35 µs per block of 25
 read from the file system is at most the budget and `1 / MIN_DENSITY` times the bytes that are served.
 """
 
-import errno
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, map_array
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.file_memory import load_pages, release_pages, request_pages
+from mixtera_hpc.formats.file_memory import load_pages, release_pages
 
 __all__ = ["MIN_DENSITY", "MappedRows"]
 
@@ -93,8 +92,6 @@ class MappedRows:
         self._num_mapped = 0
         self._is_usable = True
         """False where files cannot be mapped."""
-        self._can_load = True
-        """False where the kernel cannot load pages."""
         num_blocks = len(source.blocks.rows)
         self._is_loaded = np.zeros(num_blocks, np.bool_)
         self._last_use = np.zeros(num_blocks, np.int64)
@@ -179,16 +176,8 @@ class MappedRows:
             self._is_usable = False
             logger.warning("Rows are not read from mapped files: %s", error)
             return
-        # A damaged index may name bytes that no file has.
-        offset = self._blocks.offset[numbers]
-        is_inside = (offset >= 0) & (offset + self._blocks.length[numbers] <= self._files.num_bytes(shards))
-        numbers = numbers[is_inside]
-        first = (self._files.addresses(shards) + offset)[is_inside].tolist()
-        size = self._blocks.length[numbers]
-        # The file system reads all of them at the same time, and nothing around them.
-        for address, num_bytes in zip(first, size.tolist(), strict=True):
-            request_pages(address, num_bytes)
-        for number, address in zip(numbers.tolist(), first, strict=True):
+        is_inside, addresses = self._files.request(shards, self._blocks.offset[numbers], self._blocks.length[numbers])
+        for number, address in zip(numbers[is_inside].tolist(), addresses, strict=True):
             self._load_one(number, address, place)
 
     def _load_one(self, number: int, address: int, place: ReadPlace) -> None:
@@ -205,14 +194,7 @@ class MappedRows:
         )
         place.enter(READ, shard, first_row, first_row + rows - 1)
         try:
-            if self._can_load:
-                try:
-                    load_pages(address, size)
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOSYS):
-                        raise
-                    self._can_load = False
-            if not self._can_load:
+            if not load_pages(address, size):
                 # Faults then find the pages in the page cache.
                 self._read_bytes(shard, offset, size)
         except (OSError, EOFError):

@@ -9,7 +9,6 @@ data in the order of `shuffle=sequence`.
 Price: about 10 µs per block of 128 kB in the page cache, and 3 µs per document or sequence where only these are loaded.
 """
 
-import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.document_places import Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_RESIDENT_BYTES, MappedFiles
-from mixtera_hpc.formats.file_memory import load_pages, request_pages
+from mixtera_hpc.formats.file_memory import load_pages
 from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["BlockLoads"]
@@ -65,8 +64,6 @@ class BlockLoads:
             self._is_single[:] = True
         self._next_s = np.where(is_in_shard, 0, _NEVER)
         """Time from which on each block is loaded again."""
-        self._can_load = True
-        """False where the kernel cannot load pages."""
 
     def load(self, documents: Documents, places: Places) -> None:
         """Load the pages of documents in mapped shards, unless their block was loaded shortly before.
@@ -100,24 +97,13 @@ class BlockLoads:
 
     def _load(self, shard: NDArray[np.integer[Any]], first: Ints, num_bytes: Ints) -> None:
         """Load bytes of mapped shards, given the first byte and their number."""
-        # A damaged index may name bytes that no file has.
-        is_inside = (first >= 0) & (num_bytes > 0) & (first + num_bytes <= self._files.num_bytes(shard))
-        address = (self._files.addresses(shard) + first)[is_inside].tolist()
-        size = num_bytes[is_inside].tolist()
-        # The file system reads all of them at the same time.
-        for begin, count in zip(address, size, strict=True):
-            request_pages(begin, count)
-        for number, begin, count in zip(shard[is_inside].tolist(), address, size, strict=True):
-            if self._can_load:
-                self._load_one(number, begin, count)
-
-    def _load_one(self, shard: int, address: int, num_bytes: int) -> None:
-        """Load some pages of a shard, if the kernel can do so."""
-        try:
-            load_pages(address, num_bytes)
-        except OSError as error:
-            # Before Linux 5.14. Each access then waits for its page.
-            self._can_load = error.errno not in (errno.EINVAL, errno.ENOSYS)
-            if self._can_load:
-                path = Path(self._index.data_root) / self._index.shard_paths[shard]
+        is_inside, addresses = self._files.request(shard, first, num_bytes)
+        for number, address, size in zip(
+            shard[is_inside].tolist(), addresses, num_bytes[is_inside].tolist(), strict=True
+        ):
+            try:
+                # If the kernel cannot do so, each access waits for its page.
+                load_pages(address, size)
+            except OSError:
+                path = Path(self._index.data_root) / self._index.shard_paths[number]
                 raise shard_changed_error(path, None, "it is shorter than before, or cannot be read") from None

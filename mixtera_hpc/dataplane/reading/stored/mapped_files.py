@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, shared_bytes, spanning_memory
+from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, request_pages, shared_bytes, spanning_memory
 
 __all__ = ["MAX_MAPPED_FILES", "FilesMemory", "MappedFiles", "file_groups", "map_array"]
 
@@ -141,6 +141,26 @@ class MappedFiles:
         """Return the address of the first byte of each of some mapped files."""
         addresses: Ints = self._address[files]
         return addresses
+
+    def request(
+        self, files: NDArray[np.integer[Any]], first: Ints, num_bytes: Ints
+    ) -> tuple[NDArray[np.bool_], list[int]]:
+        """Let the file system begin to read ranges of mapped files, all at the same time and nothing around them.
+
+        Args:
+            files: the file of each range.
+            first: the first byte of each range in its file.
+            num_bytes: bytes of each range.
+
+        Returns:
+            Mask of the ranges that are not empty and inside their file, which a damaged index may contradict, and the
+            addresses of these ranges.
+        """
+        is_inside = (first >= 0) & (num_bytes > 0) & (first + num_bytes <= self._num_bytes[files])
+        addresses = (self._address[files] + first)[is_inside].tolist()
+        for address, size in zip(addresses, num_bytes[is_inside].tolist(), strict=True):
+            request_pages(address, size)
+        return is_inside, addresses
 
     def tokens_at(self, files: NDArray[np.integer[Any]], tokens: Ints) -> Ints:
         """Return single tokens of mapped files, given their positions in the files."""
