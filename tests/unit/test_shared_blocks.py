@@ -74,6 +74,34 @@ def test_a_block_is_decoded_by_one_reader(memory: int) -> None:
     assert (first.num_decoded, second.num_decoded) == (5, 0)
 
 
+def test_many_readers_do_not_keep_a_block_out(memory: int) -> None:
+    """Readers whose turns overlap leave no moment in which the directory is free."""
+    writer = Blocks(SharedBlocks(memory, patience_s=1.0))
+    writer.blocks.read("shard", 0, lambda *_: None, lambda: ([b"read by all"], None))
+    has_ended = threading.Event()
+
+    def read_all_the_time() -> None:
+        blocks = SharedBlocks(memory)
+        while not has_ended.is_set():
+            blocks.read("shard", 0, lambda *_: time.sleep(0.002), lambda: ([], None))
+        blocks.close()
+
+    threads = [threading.Thread(target=read_all_the_time) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    reader = Blocks(SharedBlocks(memory))
+    try:
+        for number in range(1, 4):
+            assert writer.lines(number) == reader.lines(number) == reader.expected(number)
+    finally:
+        has_ended.set()
+        for thread in threads:
+            thread.join()
+    for blocks in (writer.blocks, reader.blocks):
+        blocks.close()
+    assert (writer.num_decoded, reader.num_decoded) == (3, 0)
+
+
 def test_a_reader_that_does_not_wait_goes_on(memory: int) -> None:
     first = SharedBlocks(memory)
     second = SharedBlocks(memory)

@@ -34,12 +34,14 @@ PATIENCE_S = 20.0
 MIN_PAUSE_S = 50e-6
 """Pause after the first failed attempt to lock a byte. It doubles up to `MAX_PAUSE_S`."""
 MAX_PAUSE_S = 0.02
+MAX_WRITER_PAUSE_S = 0.001
+"""Longest pause between attempts to lock the directory for writing, while readers stay away for `MAX_PAUSE_S`."""
 MAX_ENTRIES = 4096
 _COLUMNS = ("state", "key", "check", "start", "size")
 _EMPTY, _WRITING, _READY, _TOO_LARGE = range(4)
 RESERVED_BYTES = 64
 """The memory begins with the end of the ring, behind what its owner writes there."""
-HEADER_BYTES = RESERVED_BYTES + 8 * (1 + MAX_ENTRIES * len(_COLUMNS))
+HEADER_BYTES = RESERVED_BYTES + 8 * (2 + MAX_ENTRIES * len(_COLUMNS))
 MAX_SHARE = 0.25
 """Largest part of the ring for one block."""
 ALIGNMENT = 64
@@ -75,10 +77,12 @@ class SharedBlocks:
         """Bytes whose lock another process held for too long. This process does not wait for them again."""
         size = os.fstat(self._fd).st_size
         self._memory = mmap.mmap(self._fd, size)
-        numbers = np.frombuffer(self._memory, np.int64, 1 + MAX_ENTRIES * len(_COLUMNS), RESERVED_BYTES)
+        numbers = np.frombuffer(self._memory, np.int64, 2 + MAX_ENTRIES * len(_COLUMNS), RESERVED_BYTES)
         self._end = numbers[:1]
         """Number of bytes reserved so far. The ring continues at this number modulo its size."""
-        self._columns = dict(zip(_COLUMNS, numbers[1:].reshape(len(_COLUMNS), MAX_ENTRIES), strict=True))
+        self._writer_ns = numbers[1:2]
+        """Time until which readers let a process that waits to write the directory go first; 0 without one."""
+        self._columns = dict(zip(_COLUMNS, numbers[2:].reshape(len(_COLUMNS), MAX_ENTRIES), strict=True))
         self._first_byte = -(-HEADER_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._ring_bytes = size - self._first_byte
 
@@ -271,21 +275,32 @@ class SharedBlocks:
             self._control(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
     def _acquire(self, byte: int, kind: int, *, can_wait: bool) -> None:
-        """Lock a byte. Try repeatedly instead of blocking, because a process that is stopped keeps its locks."""
+        """Lock a byte. Try repeatedly instead of blocking, because a process that is stopped keeps its locks.
+
+        Many readers that take turns would keep a writer of the directory waiting, so they pause once when one waits.
+        """
         is_overdue = not self._is_usable or byte in self._overdue
         deadline = time.monotonic() + (0 if is_overdue else self._patience_s)
         pause_s = MIN_PAUSE_S
+        is_writer = byte == _DIRECTORY and kind == fcntl.F_WRLCK
+        if byte == _DIRECTORY and not is_writer and self._writer_ns[0] > time.monotonic_ns():
+            time.sleep(MAX_PAUSE_S)
         while True:
             try:
                 self._control(fcntl.F_OFD_SETLK, kind, byte)
+                if is_writer:
+                    self._writer_ns[0] = 0
                 return
             except (BlockingIOError, PermissionError):
                 if not can_wait and not is_overdue:
                     raise _BusyError from None
                 if time.monotonic() >= deadline:
                     break
+            if is_writer:
+                # It ends by itself if this process is killed.
+                self._writer_ns[0] = time.monotonic_ns() + int(MAX_PAUSE_S * 1e9)
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+            pause_s = min(2 * pause_s, MAX_WRITER_PAUSE_S if is_writer else MAX_PAUSE_S)
         if not is_overdue:
             logger.warning(
                 "Another process of this node has used shared memory for %.0f s: it is stopped or very slow. "
