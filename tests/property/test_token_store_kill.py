@@ -18,7 +18,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.build.build import build_index
-from mixtera_hpc.index.token_store.store_files import StoreFiles, read_header
+from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(config: Config) -> tuple[bytes, bytes]:
     """Return the bytes of the complete store of a configuration."""
     files = StoreFiles(Path(config.data.tokens))
-    header = read_header(files)
+    header = files.read_header()
     assert header is not None and header.complete
     assert not files.logs()
     return files.tokens.read_bytes(), files.starts(header).read_bytes()

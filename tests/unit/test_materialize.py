@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.index.read.configured import open_written
-from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader, read_header
+from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader
 from mixtera_hpc.index.token_store.store_state import prepare_store
 from mixtera_hpc.testing.chats import CHATS, TEMPLATES, write_tokenizer
 from mixtera_hpc.testing.writers import write_compressed
@@ -91,7 +91,7 @@ def check_stream(overrides: list[str], *more: str) -> None:
 
 
 def header_of(folder: Path) -> StoreHeader:
-    header = read_header(StoreFiles(folder))
+    header = StoreFiles(folder).read_header()
     assert header is not None and header.complete
     return header
 

@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
-from mixtera_hpc.index.token_store.store_files import StoreFiles, read_header
+from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
@@ -200,7 +200,7 @@ def test_a_store_that_is_written_again_ends_the_run(overrides: list[str]) -> Non
     build_index(compose(overrides))
     assert tokenize(overrides) == 0
     files = StoreFiles(Path(f"{compose(overrides).index.path}.tokens"))
-    header = read_header(files)
+    header = files.read_header()
     assert header is not None
     tokens = files.tokens.read_bytes()
 
@@ -234,7 +234,7 @@ def test_a_run_continues_while_a_refresh_extends_its_store(overrides: list[str])
     build_index(compose(overrides))
     assert tokenize(overrides) == 0
     files = StoreFiles(Path(f"{compose(overrides).index.path}.tokens"))
-    header = read_header(files)
+    header = files.read_header()
     assert header is not None
     expected = [digests for digests, *_ in served(overrides, "mixture=natural")]
     extended = {"index": "f" * 32, "generations": [header.index], "kept_tokens": header.tokens}

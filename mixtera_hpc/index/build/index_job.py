@@ -6,9 +6,7 @@ next job that does the same; a job that does anything else removes it.
 """
 
 import contextlib
-import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import msgspec
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.index.layout import VERSION, building_folder, failure_file
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanTasks, scan_in_parallel
 from mixtera_hpc.index.scan.scan_log import LOG_PATTERN, LogRecord, build_lock, complete_units, read_logs, recover_logs
@@ -34,7 +33,6 @@ UnitRecords = dict[int, list[LogRecord]]
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 """First bytes of every HDF5 file of ours. h5py.is_hdf5 returns False for a file that it cannot lock."""
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """The disk is full, over quota, does not take files of this size, or is read-only."""
 
 
@@ -203,19 +201,14 @@ def _record_failure(path: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _explain_disk_errors(folder: Path) -> Iterator[None]:
+def _explain_disk_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Say what to do if the disk does not accept the data."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise PropertyIndexError(
-            f"The index cannot be written to {folder.parent}: {os.strerror(error.errno)}.\n  Make room and run this "
-            f"again: it continues from what was scanned so far, which is in {folder.name}. Or set index.path to "
-            "another place."
-        ) from None
+    return explain_disk_errors(
+        PropertyIndexError,
+        f"The index cannot be written to {folder.parent}",
+        f"Make room and run this again: it continues from what was scanned so far, which is in {folder.name}. Or set "
+        "index.path to another place.",
+    )
 
 
 def _resume(folder: Path, plan: ScanPlan, depends_on: Any) -> None:

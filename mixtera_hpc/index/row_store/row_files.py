@@ -12,17 +12,15 @@ A store is the folder `INDEX.rows` with four kinds of files:
 Rows of files that are not compressed JSON lines, and rows that the build skipped, are not here.
 """
 
-import os
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.store_folder import StoreFolder, blocks_by_source
 
 __all__ = [
     "FRAME_BYTES",
@@ -73,32 +71,17 @@ class StoredRowBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class RowStoreFiles:
-    """The paths of a store."""
-
-    folder: Path
+class RowStoreFiles(StoreFolder):
+    """The paths of a row store."""
 
     @classmethod
     def of_index(cls, index: str | Path) -> "RowStoreFiles":
         """Return the store beside an index."""
         return cls(Path(f"{index}.rows"))
 
-    @property
-    def header(self) -> Path:
-        """The file that describes the store."""
-        return self.folder / "store.json"
-
     def rows(self, number: int) -> Path:
         """Return a file of frames."""
         return self.folder / f"rows-{number:05d}.zst"
-
-    def log(self, attempt: int, rank: int) -> Path:
-        """Return the log of a rank."""
-        return self.folder / f"done-{attempt}-{rank}.log"
-
-    def logs(self) -> list[Path]:
-        """Return the logs of finished units."""
-        return sorted(self.folder.glob("done-*.log"))
 
     def read_header(self) -> RowStoreHeader | None:
         """Return the content of `store.json`; None if there is no such file.
@@ -106,21 +89,7 @@ class RowStoreFiles:
         Raises:
             DataError: the file is damaged.
         """
-        try:
-            return msgspec.json.decode(self.header.read_bytes(), type=RowStoreHeader)
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.DecodeError) as error:
-            raise DataError(f"{self.header} cannot be read: {error}.\n  {CURE}") from None
-
-    def write_header(self, header: RowStoreHeader) -> None:
-        """Replace `store.json` as a whole."""
-        temporary = self.folder / f".store.json.{os.getpid()}.part"
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(header)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.header)
+        return self.decode_header(RowStoreHeader, CURE)
 
 
 def configured_row_stores(config: Config, index: PropertyIndex) -> list[StoredRowBlocks]:
@@ -132,13 +101,8 @@ def configured_row_stores(config: Config, index: PropertyIndex) -> list[StoredRo
     """
     if config.data.materialize == "never":
         return []
-    sources = index.sample_sources()
-    # Blocks of joined indexes follow each other, index by index.
-    first_samples = index.tables.blocks.first_sample
-    borders = [int(np.searchsorted(first_samples, source.first_sample)) for source in sources]
-    borders.append(len(first_samples))
     stores = []
-    for source, (first_block, last_block) in zip(sources, pairwise(borders), strict=True):
+    for source, first_block, last_block in blocks_by_source(index):
         files = RowStoreFiles.of_index(source.path)
         header = _checked_header(files, source.fingerprint)
         if header is not None:

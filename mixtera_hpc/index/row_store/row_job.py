@@ -6,12 +6,11 @@ that a job that is killed continues with the units that are not in a log. Price:
 after the scan of the build. Memory of a rank: one decoded unit and its rows.
 """
 
-import errno
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +29,7 @@ from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.decoded_sizes import decodes_files
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.row_store.row_files import FRAME_BYTES, PLACE_BYTES, RowStoreFiles, RowStoreHeader
@@ -43,7 +43,6 @@ UNIT_BYTES = 16 << 20
 """Blocks of one file are written together up to this size on disk."""
 EXTRA_SIZE = 1.3
 """Size of the store, per byte of the files: short frames compress less."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Ints = NDArray[np.int64]
 
@@ -314,16 +313,11 @@ def _frames(order: Ints, combos: Ints, lines: list[bytes]) -> Iterator[Ints]:
         yield order[first:last]
 
 
-@contextmanager
-def _explain_disk_errors(files: RowStoreFiles) -> Iterator[None]:
+def _explain_disk_errors(files: RowStoreFiles) -> AbstractContextManager[None]:
     """Say what to do if the disk does not take the data."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise ConfigError(
-            f"The row store cannot be written to {files.folder}: {os.strerror(error.errno)}.\n"
-            "  Everything that was scanned, and all units that are finished, stay. Make room and run the same command "
-            "again: it continues with what is missing. Or set data.materialize=never."
-        ) from None
+    return explain_disk_errors(
+        ConfigError,
+        f"The row store cannot be written to {files.folder}",
+        "Everything that was scanned, and all units that are finished, stay. Make room and run the same command "
+        "again: it continues with what is missing. Or set data.materialize=never.",
+    )

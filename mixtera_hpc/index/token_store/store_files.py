@@ -13,9 +13,7 @@ refresh adds are laid out in the same way, behind those that are there. Tokens o
 highest bit is set for those that are not trained.
 """
 
-import os
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -25,8 +23,9 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
+from mixtera_hpc.index.store_folder import StoreFolder, blocks_by_source
 
-__all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "read_header", "store_folder", "token_type"]
+__all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "store_folder", "token_type"]
 
 VERSION = 2
 AUTO = "auto"
@@ -83,15 +82,8 @@ class StoredRows:
 
 
 @dataclass(frozen=True, slots=True)
-class StoreFiles:
-    """The paths of a store."""
-
-    folder: Path
-
-    @property
-    def header(self) -> Path:
-        """The file that describes the store."""
-        return self.folder / "store.json"
+class StoreFiles(StoreFolder):
+    """The paths of a token store."""
 
     @property
     def tokens(self) -> Path:
@@ -107,22 +99,13 @@ class StoreFiles:
         """The folder in which an index build keeps tokens until it knows their places."""
         return self.folder / SPOOL_FOLDER
 
-    def log(self, attempt: int, rank: int) -> Path:
-        """Return the log of a rank."""
-        return self.folder / f"done-{attempt}-{rank}.log"
+    def read_header(self) -> StoreHeader | None:
+        """Return the content of `store.json`; None if there is no such file.
 
-    def logs(self) -> list[Path]:
-        """Return the logs of finished units."""
-        return sorted(self.folder.glob("done-*.log"))
-
-    def write_header(self, header: StoreHeader) -> None:
-        """Replace `store.json` as a whole."""
-        temporary = self.folder / f".store.json.{os.getpid()}.part"
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(header)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.header)
+        Raises:
+            DataError: the file is damaged.
+        """
+        return self.decode_header(StoreHeader, CURE)
 
 
 def token_type(vocab_size: int, *, has_chats: bool) -> np.dtype[np.unsignedinteger]:
@@ -135,20 +118,6 @@ def store_folder(config: Config, index: str) -> Path:
     return Path(f"{index}.tokens") if config.data.tokens == AUTO else Path(config.data.tokens)
 
 
-def read_header(files: StoreFiles) -> StoreHeader | None:
-    """Return the content of `store.json`; None if there is no such file.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    try:
-        return msgspec.json.decode(files.header.read_bytes(), type=StoreHeader)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise DataError(f"{files.header} cannot be read: {error}.\n  {CURE}") from None
-
-
 def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
     """Return the checked token stores of the indexes that a run reads; an index without one is tokenized on the fly.
 
@@ -157,20 +126,16 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
             the index or with another tokenizer.
         DataError: the store is damaged.
     """
-    sources = index.sample_sources()
     if config.data.tokens == OFF or config.mixture.unit != "tokens" or index.tokenizer_fingerprint is None:
         return []
-    if config.data.tokens != AUTO and len(sources) > 1:
+    num_sources = len(index.sample_sources())
+    if config.data.tokens != AUTO and num_sources > 1:
         raise ConfigError(
-            f"data.tokens is {config.data.tokens}, but the run reads {len(sources)} indexes, each with its own store.\n"
+            f"data.tokens is {config.data.tokens}, but the run reads {num_sources} indexes, each with its own store.\n"
             "  Set data.tokens=auto, which takes the store beside each index."
         )
-    # Blocks of joined indexes follow each other, index by index.
-    first_samples = index.tables.blocks.first_sample
-    borders = [int(np.searchsorted(first_samples, source.first_sample)) for source in sources]
-    borders.append(len(first_samples))
     stores = []
-    for source, (first_block, last_block) in zip(sources, pairwise(borders), strict=True):
+    for source, first_block, last_block in blocks_by_source(index):
         files = StoreFiles(store_folder(config, source.path))
         header = _checked_header(config, files, source.fingerprint, index.tokenizer_fingerprint)
         if header is not None:
@@ -189,7 +154,7 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
 
 def _checked_header(config: Config, files: StoreFiles, index: str, tokenizer: str) -> StoreHeader | None:
     """Return the header of a store, None if there is none; refuse a store that does not belong to the index."""
-    header = read_header(files)
+    header = files.read_header()
     if header is None:
         if config.data.tokens == AUTO:
             return None

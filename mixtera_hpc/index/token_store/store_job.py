@@ -5,11 +5,10 @@ bytes are the same for any number of ranks. A unit is logged after its tokens ar
 at any moment continues with the units that are not in a log.
 """
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +19,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.index.chat_check import check_chat_template
+from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import check_fresh
@@ -35,8 +35,6 @@ from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["SpooledResult", "StoreReport", "StoreSources", "write_store"]
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class StoreReport(msgspec.Struct, kw_only=True):
@@ -211,19 +209,14 @@ def _make_folder(files: StoreFiles) -> None:
         ) from None
 
 
-@contextmanager
-def _explain_disk_errors(files: StoreFiles) -> Iterator[None]:
+def _explain_disk_errors(files: StoreFiles) -> AbstractContextManager[None]:
     """Say what to do if the disk does not take the data."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise ConfigError(
-            f"The token store cannot be written to {files.folder}: {os.strerror(error.errno)}.\n"
-            "  The index and all units that are finished stay. Make room and run the same command again: it "
-            "continues with what is missing. Or set data.tokens to a folder on another file system."
-        ) from None
+    return explain_disk_errors(
+        ConfigError,
+        f"The token store cannot be written to {files.folder}",
+        "The index and all units that are finished stay. Make room and run the same command again: it continues with "
+        "what is missing. Or set data.tokens to a folder on another file system.",
+    )
 
 
 def _checked_tokenizer(index: PropertyIndex, tokenizer: Tokenizer | None) -> Tokenizer:

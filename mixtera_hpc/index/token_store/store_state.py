@@ -15,7 +15,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
-from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader, read_header, token_type
+from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader, token_type
 from mixtera_hpc.index.token_store.store_layout import StoreLayout
 from mixtera_hpc.index.token_store.unit_writer import SpooledBlocks
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def prepare_store(
     Raises:
         ConfigError: the disk has too little room, or the folder is no token store.
     """
-    old = read_header(files)
+    old = files.read_header()
     if old is None and any(path.name not in ("lock", SPOOL_FOLDER) for path in files.folder.iterdir()):
         raise ConfigError(
             f"{files.folder} is not empty and holds no token store.\n  Set data.tokens to a new folder, or empty it."
@@ -131,7 +131,7 @@ def prepare_store(
 
 def complete_store(files: StoreFiles) -> None:
     """Mark the store as complete; the logs are not needed any more."""
-    header = read_header(files)
+    header = files.read_header()
     if header is not None and not header.complete:
         files.write_header(msgspec.structs.replace(header, complete=True))
     for path in files.logs():

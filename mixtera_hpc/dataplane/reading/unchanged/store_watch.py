@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mixtera_hpc.dataplane.reading.unchanged.file_state import FileState, file_state
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader, read_header
+from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader
 
 __all__ = ["StoreWatch"]
 
@@ -54,7 +54,7 @@ class StoreWatch:
         self._states = states
 
     def _read_header(self) -> StoreHeader:
-        header = read_header(self._files)
+        header = self._files.read_header()
         if header is None:
             raise self._error("its header was removed")
         if self._index not in (header.index, *header.generations):

@@ -6,7 +6,7 @@ import msgspec
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.index.row_store.row_files import RowStoreFiles
-from mixtera_hpc.index.token_store.store_files import OFF, StoreFiles, read_header, store_folder
+from mixtera_hpc.index.token_store.store_files import OFF, StoreFiles, store_folder
 
 __all__ = ["keep_stores"]
 
@@ -25,7 +25,7 @@ def keep_stores(config: Config, index: Path, before: str, now: str) -> None:
     """
     if config.data.tokens != OFF:
         tokens = StoreFiles(store_folder(config, str(index)))
-        header = read_header(tokens)
+        header = tokens.read_header()
         if header is not None and header.complete and header.index == before:
             tokens.write_header(msgspec.structs.replace(header, index=now, generations=[now]))
     rows = RowStoreFiles.of_index(index)

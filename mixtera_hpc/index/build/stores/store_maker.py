@@ -26,7 +26,7 @@ from mixtera_hpc.index.row_store.row_job import RowPlan, RowReport, write_rows
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.token_spool import TokenSpool, TokenSpools
 from mixtera_hpc.index.shards import Shard
-from mixtera_hpc.index.token_store.store_files import OFF, StoreFiles, read_header, store_folder, token_type
+from mixtera_hpc.index.token_store.store_files import OFF, StoreFiles, store_folder, token_type
 from mixtera_hpc.index.token_store.store_job import SpooledResult, StoreReport, StoreSources, write_store
 from mixtera_hpc.index.token_store.store_state import KeptRows, StorePlan
 from mixtera_hpc.tokens.stored_token_ids import StoredTokenIds
@@ -154,7 +154,7 @@ class StoreMaker:
         if data.materialize == "never" or data.tokens == OFF:
             return False
         if self._only_existing:
-            header = read_header(self._files)
+            header = self._files.read_header()
             return header is not None and header.tokenizer == tokenizer.fingerprint
         text_shards = [shard for shard in shards if not load_format(shard.format).holds_tokens]
         if data.materialize == "always":

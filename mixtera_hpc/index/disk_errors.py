@@ -1,0 +1,29 @@
+"""The message of a build whose disk does not take its data."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mixtera_hpc.errors import MixteraError
+
+__all__ = ["explain_disk_errors"]
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def explain_disk_errors(kind: type[MixteraError], problem: str, cure: str) -> Iterator[None]:
+    """Raise an error of `kind` if the disk is full or read-only.
+
+    Args:
+        kind: the type of the error.
+        problem: what cannot be written, and where.
+        cure: what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise kind(f"{problem}: {os.strerror(error.errno)}.\n  {cure}") from None
