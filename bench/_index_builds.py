@@ -1,4 +1,4 @@
-"""Index size and build rates, next to bare decoding and tokenizing loops and to Mixtera."""
+"""Index size and build rates, next to bare decoding and tokenizing loops."""
 
 import os
 import statistics
@@ -18,10 +18,9 @@ from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.index.build.build import build_index
 
-__all__ = ["BUILT", "build_lines", "rank_lines"]
+__all__ = ["build_lines", "rank_lines"]
 
 BUILT = FOLDER / "built.h5"
-"""The index that `build_lines` leaves."""
 ROUNDS = 3
 SOURCE_FIELD = PropertyField(name="source", path="meta.redpajama_set_name", kind=Kind.CATEGORY)
 

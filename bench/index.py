@@ -1,10 +1,10 @@
-"""Measure the property index and reading through it: size, build, queries at scale, raw JSON lines to batches.
+"""Measure the property index: size, build rate, and queries at scale.
 
     python -m bench index [--quick]
 
 Every rate is CPU time of one core with warm files. It is the median of some rounds in which ours and what it is
-compared with take turns, because the machine may be shared. `--quick` takes a tenth of the rows. Other systems are
-measured by `python -m bench peers`. Writes bench/out/index.json.
+compared with take turns, because the machine may be shared. `--quick` takes a tenth of the rows. Reading is measured by
+`python -m bench text` and `python -m bench peers`. Writes bench/out/index.json.
 """
 
 import sys
@@ -16,7 +16,6 @@ from bench._figures import FigureLine, at_most, print_header, print_line
 from bench._format_digests import NUM_SEQUENCES, digests
 from bench._index_builds import build_lines, rank_lines
 from bench._index_queries import number_lines, query_lines
-from bench._index_reads import read_lines
 from bench._results import write_results
 
 
@@ -38,7 +37,6 @@ def _measure(quick: bool) -> Iterator[FigureLine]:
     yield from build_lines(make_rows(num_rows), num_rows)
     yield from rank_lines(make_rows(num_rows))
     yield _format_line()
-    yield from read_lines(make_rows(num_rows), 40 if quick else 200)
 
 
 def _format_line() -> FigureLine:
