@@ -1,4 +1,4 @@
-"""From documents of a stream to what the trainer gets: tokens of whole sequences, or raw samples.
+"""Read the documents of streams as the trainer gets them: tokens of whole sequences, or raw samples.
 
 The documents of several steps and domains are read together, each once, in the order of the disk.
 """

@@ -1,4 +1,4 @@
-"""From positions in a domain's stream to documents.
+"""Look up the documents at positions of the streams of domains.
 
 A stream is the endless ordered sequence of one domain's items (tokens or samples), epoch after epoch. An epoch consists
 of windows, groups of blocks inside which rows are shuffled. All positions of a read are looked up together, over all

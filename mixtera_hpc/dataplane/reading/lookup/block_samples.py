@@ -14,8 +14,9 @@ from numpy.typing import DTypeLike, NDArray
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges, narrow_type
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
+from mixtera_hpc.errors import DataError
 
-__all__ = ["BlockSamples", "ReadBlocks"]
+__all__ = ["BlockSamples", "ReadBlocks", "item_count_error"]
 
 Ints = NDArray[np.int64]
 
@@ -183,6 +184,14 @@ class BlockSamples:
         self._rank[blocks] = np.arange(self._num_blocks, self._num_blocks + len(blocks))
         self._num_blocks += len(blocks)
         self.columns.append(columns)
+
+
+def item_count_error(domain: int, num_blocks: int, num_items: int, expected: int) -> DataError:
+    """Return the error for samples that do not add up to what the index counted for their blocks."""
+    return DataError(
+        f"The samples of {num_blocks} blocks of domain {domain} hold {num_items} items, the index counted {expected}: "
+        "the index file is damaged.\n  Build it again with mixtera-hpc index build."
+    )
 
 
 def _stable_order(key: Ints) -> Ints:

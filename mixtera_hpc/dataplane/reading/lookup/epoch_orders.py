@@ -72,7 +72,7 @@ class EpochOrders:
         """Number in the window table of the window of each cell, or `NOT_IN_MEMORY`, or `EPOCH_END`."""
 
     def can_hold(self, domain: Ints, epoch: Ints) -> bool:
-        """Return whether all these epochs can be in memory together."""
+        """Return True if all these epochs can be in memory together."""
         slot = 2 * domain + (epoch & 1)
         if (self._epoch[slot] == epoch).all():
             return True

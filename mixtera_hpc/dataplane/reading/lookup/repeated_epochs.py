@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.lanes import ServedPart
 from mixtera_hpc.core.repeats.epoch_rows import epoch_rows, is_one_window
-from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples
+from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples, item_count_error
 from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
 from mixtera_hpc.dataplane.reading.lookup.window_table import WindowDocuments, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
-from mixtera_hpc.errors import DataError
 
 __all__ = ["RepeatedEpochs"]
 
@@ -125,11 +124,7 @@ class RepeatedEpochs:
         num_items = len(chosen) if items is None else int(items.sum())
         expected = num_epochs * int(self._epoch_items[domain])
         if num_items != expected:
-            raise DataError(
-                f"The samples of {len(blocks)} blocks of domain {domain} hold {num_items // num_epochs} items, the "
-                f"index counted {expected // num_epochs}: the index file is damaged.\n"
-                "  Build it again with mixtera-hpc index build."
-            )
+            raise item_count_error(domain, len(blocks), num_items // num_epochs, expected // num_epochs)
         table.append(
             [WindowKey(domain, group, GROUP)],
             np.array([len(chosen)]),

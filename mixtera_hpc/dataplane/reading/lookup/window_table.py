@@ -50,7 +50,7 @@ class WindowTable:
 
         Args:
             types: type of the columns `row`, `offset` and `length`.
-            has_unit_items: whether every document has one item.
+            has_unit_items: True if every document has one item.
         """
         self.types = types
         self.has_unit_items = has_unit_items

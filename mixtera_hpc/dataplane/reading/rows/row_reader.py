@@ -76,7 +76,7 @@ class RowReader:
         self._paths = ShardPaths(index.data_root, index.shard_paths)
         self.formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
-        """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
+        """Class of a reader → True if it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
         largest_block = source.config.data.largest_block_bytes()
         memory = source.block_memory

@@ -49,7 +49,7 @@ class BlockLoads:
 
         Args:
             source: the data.
-            is_in_shard: which blocks are read from their shard, and not from a store; shape (num_blocks,).
+            is_in_shard: mask of the blocks that are read from their shard, and not from a store; shape (num_blocks,).
             files: the shards, by number.
             clock: returns seconds.
         """

@@ -57,7 +57,7 @@ class DocumentPlaces:
 
         Args:
             source: the data.
-            is_stored: which blocks are stored as token ids; shape (num_blocks,).
+            is_stored: mask of the blocks that are stored as token ids; shape (num_blocks,).
             files: the shards, and behind them the token stores.
 
         Raises:

@@ -1,7 +1,7 @@
-"""From documents to tokens for shards that hold token ids: one pass over all documents of a read.
+"""Gather the tokens of documents that are stored as token ids, in one pass over all documents of a read.
 
-The places of all documents of a window are found when the first of them is read (`document_places`). The wanted tokens
-of all documents are computed at once, and then copied, output by output (`token_copy`).
+Find the places of all documents (`document_places`), load what is needed of their files (`block_loads`), compute which
+tokens are wanted, and copy them, output by output (`token_copy`).
 Price: about 0.05 µs per document beside the copy, however many shards the documents lie in.
 """
 
