@@ -15,6 +15,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.lookup import item_directory
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
@@ -38,16 +39,22 @@ def items_of(documents: Documents) -> np.ndarray:
 
 
 @whole_runs(60)
-@given(st.integers(0, 9), st.lists(st.tuples(st.floats(0, 2.5), st.integers(1, 700)), min_size=1, max_size=6))
+@given(
+    st.integers(0, 9),
+    st.lists(st.tuples(st.floats(0, 2.5), st.integers(1, 700)), min_size=1, max_size=6),
+    st.sampled_from([1, 1 << 14]),
+)
 def test_many_spans_at_once_equal_one_span_at_a_time(
-    source: Source, domain: int, wanted: list[tuple[float, int]]
+    source: Source, domain: int, wanted: list[tuple[float, int]], min_directory: int
 ) -> None:
     streams = source.streams()
     epoch = int(source.layout.epoch_items()[domain])
     spans = [(int(start * epoch), int(start * epoch) + count) for start, count in wanted]
     whole = items_of(streams.documents(domain, 0, max(stop for _, stop in spans)))
     starts, stops = np.array(spans).T
-    documents = source.streams().documents_of(domain, starts, stops)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(item_directory, "MIN_DOCUMENTS", min_directory)
+        documents = source.streams().documents_of(domain, starts, stops)
     assert np.array_equal(items_of(documents), np.concatenate([whole[a:b] for a, b in spans]))
     assert (documents.first < documents.last).all() and (documents.last <= documents.size).all()
 

@@ -55,6 +55,10 @@ class GrowingColumns:
         self._size = 0
         self._reserve(MIN_CAPACITY)
 
+    def truncate(self, size: int) -> None:
+        """Remove all rows from number `size` on."""
+        self._size = size
+
     def _reserve(self, capacity: int) -> None:
         self._capacity = capacity
         for name, dtype in self._types.items():

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges, search
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
+from mixtera_hpc.dataplane.reading.lookup.item_directory import ItemDirectory
 
 __all__ = ["StreamWindow", "WindowDocuments", "WindowTable"]
 
@@ -55,11 +56,12 @@ class WindowTable:
         self.types = types
         self.has_unit_items = has_unit_items
         stops: dict[str, DTypeLike] = {} if has_unit_items else {"stop": np.int64}
-        # `stop` counts the items of all windows up to the end of a document, so that one binary search serves all.
+        # `stop` counts the items of all windows up to the end of a document, so that one search serves all.
         self._columns = GrowingColumns({"block": np.int32, **types, **stops})
         # Row 0 is no document, so that every document has a row before it, where its items begin.
         self._columns.append({name: np.zeros(1, np.int64) for name in ("block", *types, *stops)})
         self._windows = GrowingColumns({"first": np.int64, "first_item": np.int64, "last_use": np.int64})
+        self._directory = ItemDirectory()
         self._keys: list[WindowKey] = []
         self._num_items = 0
 
@@ -168,7 +170,7 @@ class WindowTable:
             return first_item + begin, end - begin
         # The document that holds an item is the first one that ends behind it. One search finds those of both ends.
         items = np.concatenate([first_item + begin, first_item + end - 1])
-        documents = search(self._columns["stop"], items, side="right")
+        documents = self._directory.search(self._columns["stop"], items)
         first = documents[: len(begin)]
         return first, documents[len(begin) :] + 1 - first
 
