@@ -2,13 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource, with_samples
+from mixtera_hpc.dataplane.reading.processes.block_memory import BlockMemory
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.workers import Workers, default_workers
 from mixtera_hpc.dataplane.reading.source import Source, open_source
@@ -50,6 +52,30 @@ def test_a_killed_worker_is_reported_with_its_signal(number: int, cure: str, col
     with pytest.raises(DataError, match=rf"Reading process 1 of 2 was ended by signal {number:d}[^$]*{cure}"):
         list(workers.batches(plan, 0))
     workers.close()
+
+
+def test_a_worker_that_cannot_open_shared_memory_leaves_a_message(
+    collection: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, plan = opened(collection)
+    # A socket cannot be opened by its descriptor.
+    with socket.socket() as closed:
+        workers = Workers(replace(source, window_memory=BlockMemory(closed.detach())), SHARE, 1)
+    with pytest.raises(DataError, match=r"ended with exit code 1[^$]*dataplane.workers=0"):
+        list(workers.batches(plan, 0))
+    workers.close()
+    assert "No such device" in capfd.readouterr().err
+
+
+def test_a_worker_without_room_for_its_batches_is_refused(collection: list[str]) -> None:
+    source, _ = opened(collection)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"process 0 of 2 cannot be started: File too large[^$]*workers=0"):
+            Workers(source, SHARE, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_workers_ignore_the_signals_of_the_job(collection: list[str]) -> None:

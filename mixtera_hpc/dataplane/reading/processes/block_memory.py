@@ -63,9 +63,15 @@ def share_windows(comm: Communicator, readers_per_node: int) -> BlockMemory | No
 def _share(comm: Communicator, name: str, max_bytes: int, readers_per_node: int) -> BlockMemory | None:
     def create(nonce: int) -> int:
         fd = os.memfd_create(name)
-        # Pages are allocated when they are written.
-        os.ftruncate(fd, SharedBlocks.memory_bytes(max_bytes))
-        os.pwrite(fd, nonce.to_bytes(NONCE_BYTES, "little"), 0)
+        try:
+            # Pages are allocated when they are written.
+            os.ftruncate(fd, SharedBlocks.memory_bytes(max_bytes))
+            os.pwrite(fd, nonce.to_bytes(NONCE_BYTES, "little"), 0)
+            # Every reader opens it again for locks of its own, which needs /proc.
+            SharedBlocks(fd).close()
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     fd = share_memory(comm, create if readers_per_node > 1 else None)

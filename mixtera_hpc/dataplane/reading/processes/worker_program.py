@@ -17,7 +17,7 @@ import numpy as np
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch
-from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
+from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, TokenArrays
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import DataError
 
@@ -54,11 +54,17 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
     threading.Thread(target=_end_with_rank, args=(rank_pid,), daemon=True).start()
     _keep_freed_memory()
     try:
-        source, batch_slice = pipe.recv()
-        shape: MemoryShape | None = pipe.recv()
-        memory = BatchMemory(memory_fd, shape) if shape is not None else None
-        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
-        maker.write_place(ReadPlace.of_memory(place_fd))
+        messages = [pipe.recv_bytes(), pipe.recv_bytes()]
+    # The rank has closed its end, or was killed.
+    except (EOFError, OSError):
+        return
+
+    # Sent by the rank. An error here, for example too little memory, ends the process with a message in the log.
+    (source, batch_slice), shape = map(pickle.loads, messages)
+    memory = BatchMemory(memory_fd, shape) if shape is not None else None
+    maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
+    maker.write_place(ReadPlace.of_memory(place_fd))
+    try:
         plan: ChunkPlan = pipe.recv()
         while True:
             message = pipe.recv()
@@ -71,7 +77,6 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
                     pipe.send(len(of_batch))
                     for pickled in of_batch:
                         pipe.send_bytes(pickled)
-    # The rank has closed its end, or was killed.
     except (EOFError, OSError):
         return
 

@@ -38,6 +38,16 @@ RANGES_AHEAD = 2
 """Step ranges that each process has been given and not returned."""
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
+CURES = {
+    signal.SIGKILL: "Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the "
+    "job.",
+    signal.SIGBUS: "A data file was truncated while it was read, or cannot be read: run mixtera-hpc index verify.",
+}
+"""Signal → what to do if it ended a process."""
+CURE_OF_ERRORS = (
+    "If it was refused memory, files or threads, raise the limits of the job (ulimit -a); or set dataplane.workers=0, "
+    "with which a thread of the rank reads."
+)
 
 
 def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: int) -> "BatchMaker | Workers":
@@ -96,7 +106,11 @@ class Workers:
     """A `BatchSource` of several processes."""
 
     def __init__(self, source: Source, batch_slice: BatchSlice, count: int) -> None:
-        """Start `count` processes."""
+        """Start `count` processes.
+
+        Raises:
+            ConfigError: the system refuses a process, or the memory for its batches.
+        """
         self._source = source
         self._slice = batch_slice
         self._items_per_read = items_per_read(source)
@@ -104,7 +118,16 @@ class Workers:
         self._shape = _memory_shape(source, batch_slice, size) if source.layout.in_tokens else None
         shared = (source.table_memory, source.block_memory, source.window_memory, source.shard_stamps)
         memories = [memory.fd for memory in shared if memory is not None]
-        self._workers = [_start_process(self._shape, memories) for _ in range(count)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(count):
+                self._workers.append(_start_process(self._shape, memories))
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"Reading process {len(self._workers)} of {count} cannot be started: {error.strerror}.\n"
+                f"  {CURE_OF_ERRORS}"
+            ) from None
         self._has_source = False
         self._ranges: list[range] = []
         """Step ranges of the plan in progress."""
@@ -263,9 +286,7 @@ class Workers:
         """Return the error that describes how a process ended."""
         code = self._workers[number].process.wait()
         reason = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        cure = "Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the job."
-        if code == -signal.SIGBUS:
-            cure = "A data file was truncated while it was read, or cannot be read: run mixtera-hpc index verify."
+        cure = CURES.get(-code, CURE_OF_ERRORS)
         return DataError(
             f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n  {cure}"
         )
@@ -291,13 +312,17 @@ def _start_process(shape: MemoryShape | None, inherited: Sequence[int]) -> _Work
     Args:
         shape: the memory for its batches; None if these hold samples.
         inherited: descriptors that the source refers to.
+
+    Raises:
+        OSError: the system refuses the process or its memory.
     """
     ours, theirs = Pipe()
-    fds = [theirs.fileno(), ReadPlace.create()]
-    if shape is not None:
-        fds.append(BatchMemory.create(shape))
+    fds = [theirs.fileno()]
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
+        fds.append(ReadPlace.create())
+        if shape is not None:
+            fds.append(BatchMemory.create(shape))
         # -P: the current folder must not shadow modules.
         command = [sys.executable, "-P", "-m", PROGRAM, str(os.getpid()), *map(str, fds)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
