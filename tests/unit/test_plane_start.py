@@ -99,3 +99,19 @@ def test_a_pickled_source_serves_the_same(collection: list[str], holdout: str) -
     for domain in range(source.num_domains):
         ours, theirs = (one.streams().documents(domain, 0, 100) for one in (source, copy))
         assert (ours.block.tolist(), ours.row.tolist()) == (theirs.block.tolist(), theirs.row.tolist())
+
+
+def test_a_process_with_another_tokenizer_is_refused(own_collection: list[str]) -> None:
+    """Nodes may have different files at one path, and a file may change before a reading process loads it."""
+    source = open_source(compose([*own_collection, *SMALL]), Local())
+    pickled = pickle.dumps(source)
+    assert pickle.loads(pickled).identity() == source.identity()
+
+    path = Path(str(source.config.dataplane.tokenizer))
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="other content in this process than on rank 0"):
+        pickle.loads(pickled)

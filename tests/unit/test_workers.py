@@ -67,6 +67,15 @@ def test_a_worker_that_cannot_open_shared_memory_leaves_a_message(
     assert "No such device" in capfd.readouterr().err
 
 
+def test_a_worker_that_refuses_its_source_says_so(own_collection: list[str]) -> None:
+    source, plan = opened(own_collection)
+    Path(str(source.config.dataplane.tokenizer)).unlink()
+    workers = Workers(source, SHARE, 2)
+    with pytest.raises(ConfigError, match=r"dataplane.tokenizer is .* cannot be read"):
+        list(workers.batches(plan, 0))
+    workers.close()
+
+
 def test_a_worker_without_room_for_its_batches_is_refused(collection: list[str]) -> None:
     source, _ = opened(collection)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -22,7 +22,7 @@ from mixtera_hpc.core.holdout import shard_hash_keys
 from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable, IndexTables
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.stream_layout import ShardFacts, StreamLayout
-from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
+from mixtera_hpc.dataplane.reading.token_counts import check_token_counts, encoding_digest
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import no_shard_states, shard_states
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.formats.chat_rows import is_chat
@@ -46,6 +46,8 @@ class IndexDescription:
 
     fingerprints: list[str]
     """The fingerprint of each index that is read, in the order of `index.paths`."""
+    encoding: str
+    """The `encoding_digest` of rank 0's tokenizer."""
     sample_sources: list[SampleSource]
     """The files that hold the per-sample columns."""
     data_root: str
@@ -235,6 +237,7 @@ def _describe(
     layout = StreamLayout.of_config(config, selection.table, tables.blocks, shards, tokenizer)
     return IndexDescription(
         fingerprints=index.fingerprints,
+        encoding=encoding_digest(tokenizer),
         sample_sources=index.sample_sources(),
         data_root=str(index.data_root),
         roots=sorted({str(root.absolute()) for root in index.roots.values()}, key=len, reverse=True),

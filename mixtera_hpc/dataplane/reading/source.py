@@ -44,6 +44,7 @@ from mixtera_hpc.dataplane.reading.shared_index import (
     share_index,
 )
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
+from mixtera_hpc.dataplane.reading.token_counts import check_same_tokenizer
 from mixtera_hpc.dataplane.reading.unchanged.shard_stamps import ShardStamps, share_stamps
 from mixtera_hpc.dataplane.resume.source_identity import source_identity
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
@@ -316,6 +317,7 @@ def _make_source(
 ) -> Source:
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
+    check_same_tokenizer(config, index.encoding, tokenizer)
     # Cheap: every rank and worker computes the rest from the shared tables.
     layout = StreamLayout.of_config(config, tables.domains, tables.blocks, index.shard_facts(), tokenizer)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)

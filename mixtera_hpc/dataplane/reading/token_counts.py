@@ -1,4 +1,6 @@
-"""The check that an index holds the token counts that a run's tokenizer gives."""
+"""The checks that an index has the token counts of a run's tokenizer, and that all processes have this tokenizer."""
+
+from hashlib import blake2b
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
@@ -6,7 +8,7 @@ from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["check_token_counts"]
+__all__ = ["check_same_tokenizer", "check_token_counts", "encoding_digest"]
 
 
 def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
@@ -42,6 +44,30 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
             "  Set them as for the build, or run mixtera-hpc index build again with these."
         )
     check_chat_template(index, tokenizer)
+
+
+def encoding_digest(tokenizer: Tokenizer | None) -> str:
+    """Return a digest of everything that decides the tokens of a document, in hexadecimal."""
+    if tokenizer is None:
+        return ""
+    facts = (tokenizer.fingerprint, tokenizer.eos_id, tokenizer.added, tokenizer.chat)
+    return blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def check_same_tokenizer(config: Config, digest: str, tokenizer: Tokenizer | None) -> None:
+    """Refuse a tokenizer that encodes otherwise than that of rank 0, which has the `digest`.
+
+    Every process reads the files for itself: they may have changed meanwhile, or differ between nodes.
+
+    Raises:
+        ConfigError: the files differ.
+    """
+    if encoding_digest(tokenizer) != digest:
+        raise ConfigError(
+            f"{_configured_tokenizer(config)} has other content in this process than on rank 0: the files were changed "
+            "while the job started, or differ between nodes.\n"
+            "  Put them where all nodes read the same files, and do not change them while a job runs."
+        )
 
 
 def _configured_tokenizer(config: Config) -> str:

@@ -1,5 +1,6 @@
 """The program of a reading process: it makes batches with a `BatchMaker` when its rank asks for them."""
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -19,7 +20,7 @@ from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, TokenArrays
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import DataError, MixteraError
 
 __all__ = ["IGNORED_SIGNALS", "RangeAnswer", "RangeRequest"]
 
@@ -59,26 +60,43 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
     except (EOFError, OSError):
         return
 
-    # Sent by the rank. An error here, for example too little memory, ends the process with a message in the log.
-    (source, batch_slice), shape = map(pickle.loads, messages)
-    memory = BatchMemory(memory_fd, shape) if shape is not None else None
-    maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
-    maker.write_place(ReadPlace.of_memory(place_fd))
+    # Sent by the rank. Another error here, for example too little memory, ends the process with a message in the log.
+    failure: MixteraError | None = None
     try:
-        plan: ChunkPlan = pipe.recv()
-        while True:
-            message = pipe.recv()
-            if isinstance(message, ChunkPlan):
-                plan = message
-            else:
-                answer, samples = _make_batches(maker, plan, message, memory)
-                pipe.send(answer)
-                for of_batch in samples:
-                    pipe.send(len(of_batch))
-                    for pickled in of_batch:
-                        pipe.send_bytes(pickled)
-    except (EOFError, OSError):
-        return
+        (source, batch_slice), shape = map(pickle.loads, messages)
+        memory = BatchMemory(memory_fd, shape) if shape is not None else None
+        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
+        maker.write_place(ReadPlace.of_memory(place_fd))
+    except MixteraError as error:
+        failure = error
+    with contextlib.suppress(EOFError, OSError):
+        if failure is None:
+            _answer_requests(pipe, maker, memory)
+        else:
+            _refuse_requests(pipe, failure)
+
+
+def _answer_requests(pipe: Connection, maker: BatchMaker, memory: BatchMemory | None) -> None:
+    """Send the batches that the rank requests, until it closes its end."""
+    plan: ChunkPlan = pipe.recv()
+    while True:
+        message = pipe.recv()
+        if isinstance(message, ChunkPlan):
+            plan = message
+        else:
+            answer, samples = _make_batches(maker, plan, message, memory)
+            pipe.send(answer)
+            for of_batch in samples:
+                pipe.send(len(of_batch))
+                for pickled in of_batch:
+                    pipe.send_bytes(pickled)
+
+
+def _refuse_requests(pipe: Connection, error: MixteraError) -> None:
+    """Answer every request with an error, until the rank closes its end."""
+    while True:
+        if not isinstance(pipe.recv(), ChunkPlan):
+            pipe.send(([], error))
 
 
 def _end_with_rank(rank_pid: int) -> None:
