@@ -71,7 +71,8 @@ def main() -> None:
     for line in lines:
         print_line(line)
     for name, values in rates.items():
-        print(f"{name:12} {', '.join(f'{value / 1e6:.1f}' for value in values)} M tokens/s")
+        sequence_us = SEQ_LEN / statistics.median(values) * 1e6
+        print(f"{name:12} {sequence_us:.1f} µs per sequence; {', '.join(f'{v / 1e6:.1f}' for v in values)} M tokens/s")
     write_results("stored_tokens", {"rates": rates, "lines": [asdict(line) for line in lines]})
 
 
@@ -85,6 +86,7 @@ def measure(scratch: Path) -> dict[str, list[float]]:
         if shards == SHARDS[0]:
             works["gather"] = Gather(config)
             sequences = replace(config, dataplane=replace(config.dataplane, shuffle="sequence"))
+            works["best_fit"] = Served(replace(config, dataplane=replace(config.dataplane, pack="best_fit")))
             works["sequences"] = Served(sequences)
             works["copies"] = Copies(sequences)
             add_megatron(works, Path(config.data.root))
