@@ -112,10 +112,15 @@ class DomainTable:
 
     def totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the rows and the tokens of every domain; shape (num_domains,) each."""
-        # Differences of running sums, because np.add.reduceat gives a wrong sum for an empty slice.
-        rows = np.append(0, np.cumsum(self.rows, dtype=np.int64))[self.indptr]
-        tokens = np.append(0, np.cumsum(self.tokens, dtype=np.int64))[self.indptr]
-        return np.diff(rows), np.diff(tokens)
+        rows = np.zeros(self.num_domains, np.int64)
+        tokens = np.zeros(self.num_domains, np.int64)
+        # `np.add.reduceat` gives a wrong sum for an empty slice. Running sums would need 16 bytes per entry.
+        filled = np.flatnonzero(np.diff(self.indptr))
+        if len(filled):
+            first = self.indptr[filled]
+            rows[filled] = np.add.reduceat(self.rows, first, dtype=np.int64)
+            tokens[filled] = np.add.reduceat(self.tokens, first, dtype=np.int64)
+        return rows, tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
