@@ -15,6 +15,7 @@ from pathlib import Path
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.codecs.frames import SEGMENT_BYTES, DecodedSegment
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.codecs.varints import read_varint
 from mixtera_hpc.formats.shard_errors import decompression_error
 
 __all__ = ["XzBlock", "decode_blocks", "list_blocks"]
@@ -127,11 +128,11 @@ def _read_index(fd: int, start: int, size: int) -> list[tuple[int, int]]:
         raise ValueError
 
     # Skip the indicator byte; the checksum has shown that the records are complete.
-    count, position = _read_varint(index, 1)
+    count, position = read_varint(index, 1)
     records = []
     for _ in range(count):
-        unpadded, position = _read_varint(index, position)
-        decoded, position = _read_varint(index, position)
+        unpadded, position = read_varint(index, position)
+        decoded, position = read_varint(index, position)
         records.append((unpadded, decoded))
     return records
 
@@ -139,20 +140,6 @@ def _read_index(fd: int, start: int, size: int) -> list[tuple[int, int]]:
 def _padded(size: int) -> int:
     """Round up to a multiple of four bytes."""
     return -(-size // 4) * 4
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return a variable-length integer (section 1.2: seven bits per byte, low first) and the position after it."""
-    value = 0
-    shift = 0
-    while True:
-        byte = data[position]
-        # The highest bit says that another byte follows.
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        position += 1
-        if not byte & 0x80:
-            return value, position
 
 
 def _varint(value: int) -> bytes:

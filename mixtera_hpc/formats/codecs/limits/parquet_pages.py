@@ -13,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from mixtera_hpc.formats.codecs.varints import read_varint
+
 __all__ = ["ChunkSize", "chunk_size"]
 
 HEADER_BYTES = 512
@@ -197,7 +199,7 @@ def _read_value(data: bytes, position: int, kind: int) -> tuple[Any, int]:
     if kind == _DOUBLE:
         return None, position + 8
     if kind == _BINARY:
-        length, position = _read_unsigned(data, position)
+        length, position = read_varint(data, position)
         # Raises where the text is not in `data` yet.
         return None, position + length if position + length < len(data) else len(data)
     if kind in (_LIST, _SET):
@@ -210,28 +212,13 @@ def _skip_list(data: bytes, position: int) -> int:
     position += 1
     count = head >> 4
     if count == 15:
-        count, position = _read_unsigned(data, position)
+        count, position = read_varint(data, position)
     for _ in range(count):
         _, position = _read_value(data, position, head & 15)
     return position
 
 
-def _read_unsigned(data: bytes, position: int) -> tuple[int, int]:
-    """Return a variable-length integer, seven bits per byte and low first, and the position after it."""
-    value = 0
-    shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        shift += 7
-        if not byte & 0x80:
-            return value, position
-        if shift > 63:
-            raise ValueError("a page header has a number of more than 64 bits")
-
-
 def _read_signed(data: bytes, position: int) -> tuple[int, int]:
     """Return a zigzag-coded integer and the position after it."""
-    value, position = _read_unsigned(data, position)
+    value, position = read_varint(data, position)
     return (value >> 1) ^ -(value & 1), position
