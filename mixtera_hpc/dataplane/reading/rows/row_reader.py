@@ -41,6 +41,8 @@ logger = logging.getLogger("mixtera_hpc")
 
 DECODED_AT_ONCE = 64
 """Raw samples that one call decodes. It holds the interpreter's lock, for about 0.1 ms."""
+MAPPED_FORMAT = "arrow"
+"""The format whose readers return views of mapped files."""
 TEXTS_AT_ONCE = 32
 """Rows in one group of reads if their texts are decoded: their bytes are still in the second cache of a core."""
 
@@ -328,6 +330,8 @@ class RowReader:
     def _shard(self, number: int) -> ReadableShard:
         """Return an open shard; the one that was not used for longest is closed when there are too many."""
         self._guard.use(number)
+        if self._source.index.shard_formats[number] == MAPPED_FORMAT:
+            self.compare_before_use(np.array([number], np.int32))
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
