@@ -1,6 +1,7 @@
 """`mixtera-hpc tokenize`: the stream of a run is the same from a token store; wrong stores are refused."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -214,10 +215,17 @@ def test_a_store_that_is_written_again_ends_the_run(overrides: list[str]) -> Non
     def change() -> None:
         files.tokens.write_bytes(tokens[:-2] + b"\0\0")
 
+    def change_and_restore_time() -> None:
+        times = files.tokens.stat()
+        with files.tokens.open("r+b") as file:
+            file.write(bytes(2))
+        os.utime(files.tokens, ns=(times.st_atime_ns, times.st_mtime_ns))
+
     for damage, problem in (
         (rewrite, "it is being written again"),
         (files.header.unlink, "header was removed|cannot be found"),
         (change, "its tokens have changed"),
+        (change_and_restore_time, "its tokens have changed"),
         (files.tokens.unlink, "cannot be found"),
     ):
         with DataPlane.open(compose([*overrides, "mixture=natural"]), Local()) as plane:
@@ -228,6 +236,20 @@ def test_a_store_that_is_written_again_ends_the_run(overrides: list[str]) -> Non
                 list(batches)
         files.write_header(header)
         files.tokens.write_bytes(tokens)
+
+
+def test_a_run_continues_after_new_permissions_of_its_store(overrides: list[str]) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides) == 0
+    files = StoreFiles(Path(f"{compose(overrides).index.path}.tokens"))
+    expected = [digests for digests, *_ in served(overrides, "mixture=natural")]
+    with DataPlane.open(compose([*overrides, "mixture=natural"]), Local()) as plane:
+        digests = []
+        for batch in plane:
+            digests.append(batch.digests)
+            for path in (files.tokens, files.header):
+                path.chmod(0o640)
+    assert digests == expected
 
 
 def test_a_run_continues_while_a_refresh_extends_its_store(overrides: list[str]) -> None:

@@ -23,6 +23,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
+from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.index.store_folder import StoreFolder, blocks_by_source
 
 __all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "store_folder", "token_type"]
@@ -75,6 +76,8 @@ class StoredRows:
     dtype: str
     starts: str
     """Path of the file with the first token of every row."""
+    tokens_digest: str
+    """Digest of the size, and of the first and the last MiB, of the file of tokens."""
     first_block: int
     """Position of the first block of its index among the blocks of all joined indexes."""
     last_block: int
@@ -145,11 +148,26 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
                     index=source.fingerprint,
                     dtype=header.dtype,
                     starts=str(files.starts(header)),
+                    tokens_digest=_digest(files.tokens),
                     first_block=first_block,
                     last_block=last_block,
                 )
             )
     return stores
+
+
+def _digest(path: Path) -> str:
+    """Return the digest of a file of tokens.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return fingerprint_of_shard(path, path.stat().st_size)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.\n  Change its permissions, or set data.tokens=off."
+        ) from None
 
 
 def _checked_header(config: Config, files: StoreFiles, index: str, tokenizer: str) -> StoreHeader | None:

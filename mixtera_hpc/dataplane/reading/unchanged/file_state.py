@@ -13,6 +13,8 @@ class FileState(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
+    """Change time: a program can restore the modification time, but not this one. `chmod` changes it, too."""
 
 
 def file_state(path: Path) -> FileState:
@@ -22,4 +24,4 @@ def file_state(path: Path) -> FileState:
         OSError: it cannot be found.
     """
     status = os.stat(path)  # noqa: PTH116 - pathlib is slow.
-    return FileState(status.st_ino, status.st_size, status.st_mtime_ns)
+    return FileState(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -1,16 +1,19 @@
 """Refuse a token store that is written again while a run reads it.
 
 `mixtera-hpc tokenize` removes the header of a store before it writes the store as a whole, and an `index refresh` only
-appends. So the header and the size of the tokens are compared with those at the start, when `comparison_pace` says.
+appends. So the header and the state of the tokens are compared with those at the start, when `comparison_pace` says. If
+only the change time of the tokens is new, as after `chmod` or `cp -p`, their first and last MiB decide.
 Price: two `stat` calls per store and comparison.
 
-It does not detect token ids that another program changes in place if the file keeps its modification time.
+It does not detect token ids that another program changes in place in the middle of a file above 2 MiB whose
+modification time it restores, or after a refresh.
 """
 
 from pathlib import Path
 
 from mixtera_hpc.dataplane.reading.unchanged.file_state import FileState, file_state
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader
 
 __all__ = ["StoreWatch"]
@@ -26,6 +29,8 @@ class StoreWatch:
             DataError: the store has been written again since then.
         """
         self._index = store.index
+        self._tokens_digest: str | None = store.tokens_digest
+        """None after a refresh, which appends tokens."""
         self._files = StoreFiles(Path(store.folder))
         # Looked up before the header is read: a later change then differs from these states.
         self._states = self._current_states()
@@ -48,10 +53,21 @@ class StoreWatch:
         is_extended = header.complete or header.kept_tokens >= before.tokens
         if not is_extended or _encoding(header) != _encoding(before):
             raise self._error("it is being written again")
-        if header == before and header.complete and states[-1] != self._states[-1]:
+        if header != before:
+            self._tokens_digest = None
+        elif header.complete and self._has_other_tokens(states[-1]):
             raise self._error("its tokens have changed")
         self._header = header
         self._states = states
+
+    def _has_other_tokens(self, state: FileState) -> bool:
+        """Return True if the file of tokens was replaced or written, given its new state."""
+        before = self._states[-1]
+        if state._replace(ctime_ns=0) != before._replace(ctime_ns=0):
+            return True
+        if state == before or self._tokens_digest is None:
+            return False
+        return fingerprint_of_shard(self._files.tokens, state.size) != self._tokens_digest
 
     def _read_header(self) -> StoreHeader:
         header = self._files.read_header()
