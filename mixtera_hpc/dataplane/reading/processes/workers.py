@@ -38,7 +38,7 @@ RANGES_AHEAD = 2
 """Step ranges that each process has been given and not returned."""
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
-CURES = {
+CURES: dict[int, str] = {
     signal.SIGKILL: "Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the "
     "job.",
     signal.SIGBUS: "A data file was truncated while it was read, or cannot be read: run mixtera-hpc index verify.",
