@@ -135,6 +135,7 @@ class _WindowParts:
             order: place of each span in the result; the parts follow each other in the order of these places.
             sizes: items of each span, which the parts add up to.
         """
+        # A part belongs to the span that contains the first of its items, counted through all parts.
         first_items = np.cumsum(self.end - self.begin) - (self.end - self.begin)
         span = np.searchsorted(np.cumsum(sizes), first_items, side="right")
         chosen = np.argsort(order[span], kind="stable")
@@ -203,6 +204,7 @@ class DomainStreams:
         is_repeated = self._repeated.holds(domain, starts, stops)
         if not is_repeated.any():
             return self._documents_in(self._parts_of_epochs(domain, starts, stops))
+        # Look up the spans inside of single epochs, then the others, and put the parts of both back in order.
         order = np.argsort(is_repeated, kind="stable")
         parts = []
         for chosen, find in (
@@ -301,6 +303,7 @@ class DomainStreams:
         begin = starts - epoch_start
         end = stops - epoch_start
         if (end > items).any():
+            # Repeat each span once for every epoch that it touches, and clip each copy to its own epoch.
             count = (end - 1) // items + 1
             epoch = concatenated_ranges(epoch, count)
             domain, starts, stops, items = (np.repeat(values, count) for values in (domain, starts, stops, items))
@@ -310,6 +313,7 @@ class DomainStreams:
             return domain, epoch, begin, end
 
         parts = []
+        # One key per domain and epoch: spans that follow each other in one epoch are converted together.
         for first, last in equal_runs(domain * (int(epoch.max()) + 1) + epoch):
             own = int(domain[first]), int(epoch[first])
             begins, ends = self._in_base_order(*own, begin[first:last], end[first:last])
@@ -344,6 +348,7 @@ class DomainStreams:
         # All documents are wanted as a whole, but the first and the last one of each part.
         last_of_part = count.cumsum() - 1
         first_of_part = last_of_part + 1 - count
+        # Items are counted through all windows. The borders of documents become positions in their document.
         window_start = table.item_starts(parts.window)
         item_start = table.item_stops(covered - 1)
         stop = table.item_stops(number)

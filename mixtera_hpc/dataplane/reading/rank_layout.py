@@ -45,6 +45,7 @@ def coordinate_in_mesh(mesh: Any, dims: Sequence[str], argument: str = "data_dim
                 "  Name the dimensions along which ranks get different batches (data_dims), or record parts of the "
                 "same sequences (loss_parts)."
             )
+        # Row-major: the last dimension varies fastest.
         size_of_dim = mesh.size(names.index(name))
         rank = rank * size_of_dim + mesh.get_local_rank(name)
         size *= size_of_dim
@@ -91,7 +92,9 @@ def gather_coordinates(
     Raises:
         ConfigError: only some ranks described a layout, or what they described does not fit together.
     """
+    # Of each rank: coordinate, number of coordinates, part, number of parts.
     layout = comm.Allgather(np.array([*(own or (UNKNOWN, UNKNOWN)), *part], np.int64))
+    # Every coordinate must have every part, and each pair must occur equally often.
     parts = Counter(tuple(row) for row in layout[:, [0, 2, 3]].tolist())
     if len(set(layout[:, 3].tolist())) != 1 or len(set(parts.values())) != 1:
         raise ConfigError(

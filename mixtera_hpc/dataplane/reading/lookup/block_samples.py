@@ -95,6 +95,7 @@ class BlockSamples:
             missing = np.unique(blocks)
         has_one_domain = self._only_domain[missing] >= 0
         for blocks in (missing[has_one_domain], missing[~has_one_domain]):
+            # Blocks whose samples end in the same multiple of `SAMPLES_PER_READ` are read together.
             part = np.cumsum(self._rows[blocks], dtype=np.int64) // SAMPLES_PER_READ
             for of_part in np.split(blocks, np.flatnonzero(np.diff(part)) + 1):
                 if len(of_part):
@@ -107,6 +108,7 @@ class BlockSamples:
             blocks: any blocks.
             domain: the domain that is looked for in each of them.
         """
+        # The keys ascend, because blocks are appended in the order of their ranks.
         wanted = self._first_key(blocks) + domain
         cell = np.searchsorted(self._cells["key"], wanted)
         first, count = self._samples_of_cells(cell)
@@ -129,6 +131,7 @@ class BlockSamples:
         """Return block, domain and row of the samples of some blocks that streams have, sorted by block and domain."""
         self.load(blocks)
         keys = self._cells["key"]
+        # All cells of each block, and then all samples of each cell.
         first_key = self._first_key(blocks)
         first_cell = np.searchsorted(keys, first_key)
         num_cells = np.searchsorted(keys, first_key + self._layout.table.num_domains) - first_cell
@@ -164,6 +167,7 @@ class BlockSamples:
             key = key[order]
 
         position = position[chosen]
+        # Positions and bytes are counted through all blocks of this read, and stored relative to their own block.
         first_sample = np.cumsum(rows, dtype=np.int64) - rows
         first_byte = np.cumsum(samples.length) - samples.length
         columns: dict[str, NDArray[Any]] = {
@@ -178,6 +182,7 @@ class BlockSamples:
             is_served = np.ones(len(domain), np.bool_) if has_one_domain else self._is_not_dropped(samples)
             columns["is_served"] = is_served[chosen]
 
+        # A cell begins where the key changes.
         first_of_cell = np.flatnonzero(np.diff(key, prepend=-1))
         keys = key[first_of_cell] + self._num_blocks * self._layout.table.num_domains
         self._cells.append({"key": keys, "first": first_of_cell + len(self.columns)})

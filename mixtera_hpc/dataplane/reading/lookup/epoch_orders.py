@@ -117,6 +117,7 @@ class EpochOrders:
     def missing(self, spans: WindowSpans) -> Ints:
         """Return the cells whose windows are not in memory, of spans and of what follows soon; spans have some."""
         missing = spans.cell[self.window[spans.cell] < 0]
+        # The next window of the epoch, if what remains of this one is served within a few reads of this size.
         following = spans.cell + 1
         num_remaining = self._keys[following] - self._keys[spans.cell] - spans.end
         is_needed_soon = num_remaining < READS_AHEAD * (spans.end - spans.begin)
@@ -134,6 +135,7 @@ class EpochOrders:
 
     def window_keys(self, cells: Ints) -> list[tuple[WindowKey, EpochOrder]]:
         """Return the identity of the windows of some cells, and the order of their epochs."""
+        # The slot of a cell is the last one that begins at the cell or before it.
         slots = np.array(list(self._orders), np.int64)
         own = slots[np.searchsorted(self._first_cell[slots], cells, side="right") - 1]
         numbers = cells - self._first_cell[own]
@@ -159,7 +161,7 @@ class EpochOrders:
             windows[slot] = np.full(len(order.starts), NOT_IN_MEMORY, np.int64)
             windows[slot][-1] = EPOCH_END
 
-        # Slots ascend, and so do their keys.
+        # Number all cells again, slot after slot. Slots ascend, and so do their keys.
         self._orders = {slot: self._orders[slot] for slot in sorted(self._orders)}
         lengths = np.array([len(order.starts) for order in self._orders.values()])
         active = np.array(list(self._orders), np.int64)

@@ -88,6 +88,7 @@ class RepeatedEpochs:
         Raises:
             DataError: the samples of a block do not add up to what the index counted for it.
         """
+        # Repeat each span once for every group that it touches, and clip each copy to its own group.
         group_items = self._epoch_items[domain] * self._num_epochs[domain]
         first = starts // group_items
         count = (stops - 1) // group_items + 1 - first

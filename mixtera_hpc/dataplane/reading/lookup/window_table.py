@@ -117,6 +117,7 @@ class WindowTable:
         }
         first_item = first
         if documents.items is not None:
+            # Items are counted through all windows: a window begins where the document before it ends.
             stop = self._num_items + np.cumsum(documents.items)
             columns["stop"] = stop
             before = np.append(self._num_items, stop)

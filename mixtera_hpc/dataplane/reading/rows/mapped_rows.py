@@ -129,6 +129,7 @@ class MappedRows:
             return NOT_MAPPED
         first = offset[chosen]
         stop = stop[chosen]
+        # Served bytes pay for the loads of later calls.
         self._credit = min(self._credit + int((stop - first).sum() / MIN_DENSITY), self._max_bytes)
         memory = self._files.memory(0)
         shift = memory.first[shards[chosen]] + self._blocks.offset[block[chosen]]
@@ -151,10 +152,12 @@ class MappedRows:
         if len(self._is_small):
             is_wanted |= self._is_small[blocks]
         wanted = blocks[is_wanted]
+        # Each block once: blocks ascend.
         numbers = wanted[np.flatnonzero(np.diff(wanted, prepend=-1))]
         cost = self._blocks.length[numbers]
         if len(self._is_small):
             cost = np.where(self._is_small[numbers], 0, cost)
+        # As many of the first blocks as the credit pays for.
         numbers = numbers[np.cumsum(cost) <= self._credit]
         if len(numbers):
             self._credit -= int(cost[: len(numbers)].sum())
@@ -219,6 +222,7 @@ class MappedRows:
             # Rows of this call may be views already.
             unused = np.flatnonzero(self._is_loaded & (self._last_use < self._num_calls))
             unused = unused[np.argsort(self._last_use[unused], kind="stable")]
+            # More than necessary is released, so that the next calls need not do so again.
             excess = self.num_bytes + num_bytes - int(self._max_bytes * (1 - FREED_AT_ONCE))
             size = self._blocks.length[unused]
             chosen = unused[: np.searchsorted(np.cumsum(size), excess) + 1]

@@ -47,6 +47,7 @@ class ReadPlan:
             lengths: bytes of each row.
             rows: number of each row in its shard.
         """
+        # A read begins at a row that is too far behind the row before it. A row between two borders has its own read.
         stops = starts + lengths
         is_border = read_borders(starts, stops, shards)
         is_first = is_border[:-1]
@@ -97,6 +98,7 @@ class ReadPlan:
             single: position of the row of each read of a single row.
             first_shared: position of the first row of each read of several rows.
         """
+        # The rows of a file follow each other, and so do its reads in both lists.
         borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
         first = np.concatenate([np.zeros(min(len(shards), 1), np.intp), borders])
         stop = np.append(first[1:], len(shards))

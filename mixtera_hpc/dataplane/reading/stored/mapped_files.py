@@ -104,6 +104,7 @@ class MappedFiles:
 
     def distinct(self, files: NDArray[np.integer[Any]]) -> NDArray[np.intp]:
         """Return the different numbers among `files`, ascending."""
+        # O(files) without a sort: a read names thousands of documents of few files.
         is_used = np.zeros(len(self._type), np.bool_)
         is_used[files] = True
         return np.flatnonzero(is_used)
@@ -177,6 +178,7 @@ class MappedFiles:
         if type_number not in self._memory:
             dtype = self._types[type_number]
             files = np.flatnonzero(self._is_mapped & (self._type == type_number))
+            # From the lowest address of a file of this type to the highest.
             low = int(self._address[files].min())
             # One token stands for an empty file.
             high = int((self._address[files] + np.maximum(self._num_bytes[files], dtype.itemsize)).max())
