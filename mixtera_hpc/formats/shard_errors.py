@@ -1,5 +1,6 @@
 """Errors about shards. Every message names the file, the place inside it, and what the user can do."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ __all__ = [
     "MAX_BAD_ROWS",
     "ShardLayoutError",
     "bad_rows_error",
+    "cannot_open_error",
     "check_whole_file",
     "decompression_error",
     "open_shard",
@@ -63,7 +65,18 @@ def open_shard(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
+        raise cannot_open_error(path, error) from None
+
+
+def cannot_open_error(path: Path, error: Exception) -> DataError:
+    """Return the error for a file that cannot be opened."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    cure = "Run mixtera-hpc index verify."
+    if isinstance(error, PermissionError):
+        cure = "Let the user of the job read the file, and enter its folders."
+    elif isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        cure = "Raise the limit of the address space of the job (ulimit -v)."
+    return DataError(f"{path} cannot be opened: {reason}.\n  {cure}")
 
 
 def bad_rows_error(path: Path, bad: list[tuple[int, str]]) -> DataError:

@@ -1,6 +1,7 @@
 """Open an index file without locks; refuse one that is missing, damaged or of another version."""
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -18,6 +19,8 @@ __all__ = ["DAMAGE", "damaged", "explain_locks", "open_file"]
 
 DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
+_NOT_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of the system that say nothing about the content of a file."""
 MAX_FAILURE_LINES = 12
 MIN_TABLE_BYTES = 256 << 20
 """Least limit of the tables: `data.max_block_bytes` may be set to a few rows."""
@@ -125,6 +128,11 @@ def damaged(path: Path, error: Exception) -> PropertyIndexError:
     """Return the error to raise for a file that h5py failed on; `error` is one of `DAMAGE`."""
     if problem := _lock_problem(path, error):
         return problem
+    if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+        return PropertyIndexError(
+            f"{path} cannot be opened: {os.strerror(error.errno)}. The file may be sound.\n"
+            "  Let the user of the job read it, or raise the limits that are reached (ulimit -a)."
+        )
     lines = str(error).splitlines()
     reason = lines[0] if lines else type(error).__name__
     return PropertyIndexError(

@@ -1,6 +1,7 @@
 """Damaged or malformed data files: `index build` exits with code 2 and names the file, the place and a remedy."""
 
 import bz2
+import errno
 import functools
 import gzip
 import io
@@ -21,6 +22,7 @@ from mixtera_hpc.cli.collection import compose_data
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import UserError
+from mixtera_hpc.formats.shard_errors import cannot_open_error
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.read.open import open_index
 from mixtera_hpc.testing.megatron import write_megatron
@@ -326,3 +328,18 @@ def test_a_line_of_twenty_megabytes_is_read(tmp_path: Path) -> None:
     with open_index(tmp_path / "index.h5") as index:
         assert index.tables.num_samples == 6
         assert np.array_equal(index.tables.shards.rows, [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "denied[^$]*Let the user of the job read the file",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory[^$]*ulimit -v"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "No such file[^$]*mixtera-hpc index verify"),
+    ],
+)
+def test_a_shard_that_cannot_be_opened_has_a_cure_for_the_reason(error: OSError, cure: str) -> None:
+    assert re.search(cure, str(cannot_open_error(Path("a.jsonl"), error)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"root": str(root), "properties": {"c": "c", "n": {"path": "n", "kind": "number"}}}
     config = {"data": data, "index": {"path": str(root / "index.h5"), "block_rows": 100}}
     return Path(build_index(from_plain(Config, config)).path)
+
+
+def test_an_index_is_not_called_damaged_where_no_more_files_may_be_opened(path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(PropertyIndexError, match=r"cannot be opened: Too many open files[^$]*ulimit -a"):
+            open_index(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_reader_reads_blocks_without_the_tables(path: Path) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.batching.arrow_tables import first_key
 from mixtera_hpc.formats.codecs.limits.arrow_sizes import batch_sizes, text_bytes
-from mixtera_hpc.formats.shard_errors import unreadable_error
+from mixtera_hpc.formats.shard_errors import cannot_open_error, unreadable_error
 
 __all__ = ["RecordBatches", "open_record_batches"]
 
@@ -40,7 +40,7 @@ def open_record_batches(path: Path, paths: set[str] | None, max_bytes: int = sys
     try:
         source = pa.memory_map(str(path))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be opened: {error}.\n  Run mixtera-hpc index verify.") from None
+        raise cannot_open_error(path, error) from None
     try:
         return RecordBatches(path, source, paths, max_bytes)
     except DataError:

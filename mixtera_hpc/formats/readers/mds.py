@@ -26,7 +26,7 @@ from mixtera_hpc.formats.codecs.mds_layout import COMPRESSED_SUFFIX, check_mds_i
 from mixtera_hpc.formats.codecs.mds_samples import MdsColumn, MdsSampleDecoder
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
 from mixtera_hpc.formats.codecs.zstd_frames import ZSTD
-from mixtera_hpc.formats.shard_errors import ShardLayoutError, shard_changed_error
+from mixtera_hpc.formats.shard_errors import ShardLayoutError, cannot_open_error, shard_changed_error
 
 __all__ = ["MdsFormat"]
 
@@ -94,7 +94,7 @@ def _decompress(path: Path, limit: int) -> bytes:
                         "whole.\n  Decompress it with zstd -d, or raise data.max_block_bytes."
                     )
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
+        raise cannot_open_error(path, error) from None
     return b"".join(segments)
 
 

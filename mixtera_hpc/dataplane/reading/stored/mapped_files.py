@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.file_memory import map_descriptor, release_pages, request_pages, shared_bytes, spanning_memory
+from mixtera_hpc.formats.shard_errors import cannot_open_error
 
 __all__ = ["MAX_MAPPED_FILES", "FilesMemory", "MappedFiles", "file_groups", "map_array"]
 
@@ -46,7 +46,7 @@ def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise cannot_open_error(path, error) from None
 
 
 def file_groups(files: NDArray[np.integer[Any]]) -> list[NDArray[np.intp] | slice]:
