@@ -26,7 +26,7 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 from mixtera_hpc.launch.attempts import batch_script_attempt
@@ -106,7 +106,7 @@ def _open_resources(
     pinned = config
     if options.folder is not None:
         # The index may have been refreshed since the run began; its steps refer to the old state.
-        pinned = pin_index_generation(config, options.folder.journal)
+        pinned = pin_to_run(config, options.folder.journal)
 
     # Rank 0 reads what was dropped from the run, and shares it with the index.
     is_root = comm.rank == 0
@@ -130,6 +130,7 @@ def _open_resources(
         folder=options.folder,
         recorder=_open_recorder(config, comm, options, is_audited=is_audited),
         control=RunControl(options.folder, watch_files=is_root),
+        has_fixed_lanes=config.dataplane.lanes is not None,
     )
 
 

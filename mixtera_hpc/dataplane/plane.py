@@ -12,6 +12,7 @@ All MPI calls happen in the caller's thread, inside these methods. Warnings go t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from mixtera_hpc.dataplane.opening import OpenOptions, RankLayout, open_or_end_j
 from mixtera_hpc.dataplane.plane_state import STATE_KEY, PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, step_of
 from mixtera_hpc.dataplane.resources import PlaneResources
+from mixtera_hpc.dataplane.resume.recorded_lanes import with_recorded_lanes
 from mixtera_hpc.dataplane.resume.resume_point import initial_state
 from mixtera_hpc.dataplane.session import Session, start_session
 from mixtera_hpc.dataplane.steps.open_steps import RecordedPart
@@ -59,7 +61,6 @@ class DataPlane:
         """
         self._resources = resources
         self._ends_job = ends_job
-        self._source = resources.source
         self._session: Session | None = None
         """Starts with the first batch, or when a state is loaded."""
         self._is_closed = False
@@ -115,29 +116,29 @@ class DataPlane:
 
     @property
     def config(self) -> Config:
-        """The configuration that is served, with the index generations that the run began with."""
-        return self._source.config
+        """The configuration that is served, with the index generations and the number of lanes of the run."""
+        return self._resources.source.config
 
     @property
     def domain_names(self) -> list[str]:
         """Name of every domain, by domain_id."""
-        return self._source.names
+        return self._resources.source.names
 
     @property
     def num_domains(self) -> int:
         """Number of domains."""
-        return self._source.num_domains
+        return self._resources.source.num_domains
 
     @property
     def vocab_size(self) -> int:
         """Size of the tokenizer's vocabulary; 0 without a tokenizer."""
-        return self._source.tokenizer.vocab_size if self._source.tokenizer else 0
+        return self._resources.source.tokenizer.vocab_size if self._resources.source.tokenizer else 0
 
     @property
     def local_batch_size(self) -> int:
         """Sequences in the next batch of this rank; the same in every batch without `dataplane.batch_schedule`."""
         data_step = self._session.ledger.next_data_step if self._session else 0
-        return self._resources.batch_slice.size_of(self._source.planner.batch_schedule.size_at(data_step))
+        return self._resources.batch_slice.size_of(self._resources.source.planner.batch_schedule.size_at(data_step))
 
     @property
     def num_groups(self) -> int:
@@ -273,14 +274,11 @@ class DataPlane:
         Raises:
             MixtureError: less than one global batch is held out.
         """
-        resources = self._resources
+        # Their order depends on the number of lanes, too.
+        self._resources = own = replace(self._resources, has_fixed_lanes=True)
+        folder = folder or own.folder
         return HeldOutBatches(
-            self.config,
-            resources.comm,
-            resources.batch_slice,
-            folder=folder or resources.folder,
-            parts=resources.parts,
-            log=self._take_held_out,
+            self.config, own.comm, own.batch_slice, folder=folder, parts=own.parts, log=self._take_held_out
         )
 
     def stop_requested(self) -> bool:
@@ -319,7 +317,7 @@ class DataPlane:
         if self._session is not None:
             own = self._session.state()
         elif self._resources.comm.rank == 0:
-            own = initial_state(self._source, self._resources.recorder.run_edits())
+            own = initial_state(self._resources.source, self._resources.recorder.run_edits())
 
         # Any rank may be the one that writes a checkpoint, and torch.distributed.checkpoint asks all of them.
         content = own.to_array().tobytes() if own is not None else None
@@ -346,7 +344,9 @@ class DataPlane:
             state = None
         elif not state:
             raise ValueError("load_state_dict() got no state on rank 0. To begin a run, do not call it.")
-        self._session = start_session(self._resources, PlaneState.from_state_dict(state) if state else None)
+        own = PlaneState.from_state_dict(state) if state else None
+        self._resources = with_recorded_lanes(self._resources, own)
+        self._session = start_session(self._resources, own)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the reading thread and free everything. **Collective.**

@@ -181,6 +181,11 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
             advice.append(f"If the index was refreshed since, set index.generations=[{generations}].")
         if "drop" in refused:
             advice.append("Drops are recorded in the run: open the data plane with the folder of the run.")
+        if "lanes" in refused:
+            advice.append(
+                f"Set dataplane.lanes={before.get('lanes')}. Without dataplane.lanes, a state that is loaded before "
+                "held_out() decides."
+            )
         if refused != ["index"]:
             advice.append("mixtera-hpc resume --help lists what can be changed in a run.")
         raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")

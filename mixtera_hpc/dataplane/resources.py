@@ -31,3 +31,6 @@ class PlaneResources:
     control: RunControl
     folder: RunFolder | None
     recorder: RunRecorder
+    has_fixed_lanes: bool
+    """True if a saved state with another number of lanes is refused: the configuration sets `dataplane.lanes`, or
+    held-out samples were opened with a number."""

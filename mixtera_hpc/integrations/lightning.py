@@ -19,7 +19,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.plane_state import STATE_KEY
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.lightning_callback import PlaneCallback
 from mixtera_hpc.integrations.lightning_checks import check_no_loss_weights, data_parallel_of
@@ -96,7 +96,7 @@ class PlaneDataModule(LightningDataModule):
         config = self._config
         if stage != TrainerFn.FITTING and self._folder is not None:
             # A validation is no attempt of the run, which may be in progress. It uses the index as the run does.
-            config = pin_index_generation(config, self._folder.journal)
+            config = pin_to_run(config, self._folder.journal)
             plane = DataPlane.open(config, **options)
         else:
             plane = DataPlane.open(config, folder=self._folder, **options)

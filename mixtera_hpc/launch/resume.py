@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain, leaves, to_plain
+from mixtera_hpc.config.files.journal_start import read_first_identity
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import load_yaml
@@ -172,9 +173,19 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeR
         for override in overrides:
             _copy_value(after, plain, _key(override).split("."))
         new = from_plain(Config, plain)
-    check_resume(old, new, request)
+    # `dataplane.lanes=null` asks for no other number than that of the run, which the journal has if the run chose it.
+    new = _with_lanes(new, old.dataplane.lanes)
+    lanes = read_first_identity(folder.journal).lanes
+    check_resume(_with_lanes(old, lanes), _with_lanes(new, lanes), request)
     check_run(new)
     return new
+
+
+def _with_lanes(config: Config, lanes: int | None) -> Config:
+    """Return `config` with a number of lanes, unless it has one."""
+    if config.dataplane.lanes is not None:
+        return config
+    return replace(config, dataplane=replace(config.dataplane, lanes=lanes))
 
 
 def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:

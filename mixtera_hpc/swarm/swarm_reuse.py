@@ -101,7 +101,9 @@ def open_earlier(folder: SwarmFolder, config: Config) -> EarlierSwarm:
     for group in COMPARED:
         before = _settings(record.config, group)
         after = _settings(config, group)
-        changed = [key for key in after if before.get(key) != after[key]]
+        changed = [
+            key for key in after if before.get(key) != after[key] and not (key == "lanes" and after[key] is None)
+        ]
         if changed:
             key = changed[0]
             raise ConfigError(

@@ -48,6 +48,10 @@ def sample_swarm(
     """
     _check_measurable(config)
     config = with_absolute_paths(replace(config, run=replace(config.run, name=folder.name, id=None)))
+    if config.dataplane.lanes is None and folder.record.exists():
+        # More proxies of a swarm have the number of lanes of those before.
+        lanes = folder.read().config.dataplane.lanes
+        config = replace(config, dataplane=replace(config.dataplane, lanes=lanes))
     source = open_source(config, Local())
     # A query may leave some values of `mixture.group_by` without samples.
     present = np.flatnonzero(source.mixture_context.domain_sizes.sizes > 0)

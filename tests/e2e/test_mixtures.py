@@ -77,7 +77,7 @@ def test_resuming_in_the_middle_of_a_chunk_changes_nothing(collection: list[str]
 )
 def test_served_proportions_equal_the_weights(collection: list[str], kind: str, weights: list[float] | None) -> None:
     with open_plane(collection, kind, "tokens") as plane:
-        expected = plane._source.weights
+        expected = plane._resources.source.weights
         served = np.bincount(np.concatenate([b.domain_ids for b in train(plane, STEPS)]), minlength=plane.num_domains)
     assert weights is None or expected.tolist() == pytest.approx(weights)
     assert np.abs(served - expected * BATCH * STEPS).max() < 1
@@ -91,7 +91,7 @@ def test_arbitrary_serves_every_sample_once_in_index_order(collection: list[str]
 
 def test_a_schedule_ends_with_the_learned_weights_of_its_last_stage(collection: list[str]) -> None:
     with open_plane(collection, "schedule", "tokens") as plane:
-        natural = plane._source.weights
+        natural = plane._resources.source.weights
         batches = train(plane, STEPS)
     early = np.concatenate([batch.domain_ids for batch in batches[:3]])
     late = np.concatenate([batch.domain_ids for batch in batches[12:24]])

@@ -52,7 +52,7 @@ PLANES = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
         "shuffle": st.sampled_from(["none", "block", "window", "window", "sequence"]),
         "window_bytes": st.sampled_from([1, 5000, 20_000, 100_000, 10**9]),
-        "lanes": st.sampled_from([1, 2, 3, 16, 500]),
+        "lanes": st.sampled_from([1, 2, 3, None, 500]),
         "pack": st.sampled_from(["concat", "best_fit"]),
         "pack_group": st.sampled_from([2, 3, 8]),
         "balance": st.sampled_from(["none", "attention"]),
@@ -87,12 +87,30 @@ def served(
         return [batch for plan in chosen for batch in maker.batches(plan, first)]
 
 
+SHAPES = st.sampled_from([(2, 1), (3, 1), (4, 2), (12, 1), (6, 3)])
+
+
 @whole_runs(60)
-@given(MIXTURES, PLANES, st.sampled_from([(2, 1), (3, 1), (4, 2), (12, 1), (6, 3)]), st.integers(0, 12))
+@given(MIXTURES, PLANES, SHAPES, st.integers(0, 12))
 def test_content_does_not_depend_on_ranks_groups_and_restarts(
     plain: dict[str, object], mixture: Settings, plane: Settings, shape: tuple[int, int], stop: int
 ) -> None:
-    source = source_of(plain, mixture, plane)
+    check_shapes(source_of(plain, mixture, plane), shape, stop)
+
+
+@whole_runs(16)
+@given(MIXTURES, PLANES, SHAPES, st.integers(0, 12))
+def test_content_does_not_depend_on_ranks_with_the_lanes_of_a_large_batch(
+    plain: dict[str, object], mixture: Settings, plane: Settings, shape: tuple[int, int], stop: int
+) -> None:
+    large = {"lanes": None, "chunk_steps": 3, "batch_schedule": [{"start": 10, "size": 86 * BATCH}]}
+    source = source_of(plain, mixture, {**plane, **large, "balance_group": None})
+    assert source.identity()["lanes"] == (32 if plane["shuffle"] == "window" else 16)
+    check_shapes(source, shape, stop)
+
+
+def check_shapes(source: Source, shape: tuple[int, int], stop: int) -> None:
+    """Compare four chunks of one rank with those of ranks in groups, and with those after a restart at a step."""
     made = make_plans(source, 4)
     whole = {b.step: content(b) for b in served(source, 0, 1, 1, [plan for plan, _ in made])}
     num_ranks, group = shape

@@ -15,7 +15,7 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.refresh import refresh_index
@@ -48,7 +48,7 @@ def joined(tmp_path: Path) -> Config:
 
 def serve(config: Config, folder: RunFolder, attempt: int, until: int, state: Any = None) -> Any:
     """Serve up to step `until` as the trainer does: with the index generations that the run began with."""
-    pinned = pin_index_generation(config, folder.journal)
+    pinned = pin_to_run(config, folder.journal)
     with DataPlane.open(pinned, Local(), folder, attempt) as plane:
         if state is not None:
             plane.load_state_dict(state)

@@ -18,6 +18,7 @@ from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
+from mixtera_hpc.dataplane.reading.lane_count import default_lanes, lanes_of_batch
 from mixtera_hpc.dataplane.reading.residency.decode_cost import (
     JobShape,
     check_decode_cost,
@@ -72,12 +73,13 @@ def print_plan(args: argparse.Namespace) -> None:
 
 
 def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
-    """Print what the job of the configuration decodes.
+    """Print the number of lanes, and what the job of the configuration decodes.
 
     Raises:
         ConfigError: it is more than `data.max_amplification`.
     """
     config = source.config
+    _print_lanes(source)
     ranks = num_ranks(config)
     items = np.array([domain.served for domain in forecast.domains], np.float64)
     shape = JobShape.of_job(source, ranks, ranks // config.job.nodes)
@@ -106,6 +108,24 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
             "it serves."
         )
     check_decode_cost(source, cost)
+
+
+def _print_lanes(source: Source) -> None:
+    """Print the number of lanes and where it comes from."""
+    plane = source.config.dataplane
+    if plane.shuffle != "window":
+        return
+    largest = source.planner.batch_schedule.largest
+    of_batch = lanes_of_batch(plane)
+    default = default_lanes(plane, source.layout, source.index.shard_formats)
+    text = f"the default for global batches of {largest:,}"
+    if plane.lanes != default:
+        text = (
+            f"set by dataplane.lanes, or when the run began; the default for global batches of {largest:,} is {default}"
+        )
+    if default < of_batch:
+        text += f", and not {of_batch}, because windows of compressed data must fit into the memory of a node"
+    open_console().print(f"Lanes: {plane.lanes}, {text}")
 
 
 def _lanes_for_windows(source: Source, shape: JobShape) -> int | None:

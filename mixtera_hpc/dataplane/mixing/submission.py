@@ -15,7 +15,7 @@ from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["SubmittedRequest", "submit_request"]
@@ -49,7 +49,7 @@ def submit_request(
             has not read an earlier request yet.
         MixtureError: the data of the run cannot be served in these proportions.
     """
-    config = pin_index_generation(config, folder.journal)
+    config = pin_to_run(config, folder.journal)
     mixture = requested_mixture(config.mixture, content)
 
     # `make_mixer` checks the request against the domains and samples of the run. The weights of a dynamic mixture are

@@ -29,6 +29,7 @@ from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, Mix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
+from mixtera_hpc.dataplane.reading.lane_count import default_lanes
 from mixtera_hpc.dataplane.reading.lookup.block_samples import ReadBlocks
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
@@ -164,6 +165,12 @@ class Source:
             mixture_context=replace(self.mixture_context, timeline=timeline),
             planner=replace(self.planner, capacity=capacity),
         )
+
+    def with_lanes(self, lanes: int) -> "Source":
+        """Return the same data, served from another number of lanes."""
+        config = replace(self.config, dataplane=replace(self.config.dataplane, lanes=lanes))
+        order = sequence_order(config.dataplane, self.grid, self.lanes.epoch_items, self.stream_version)
+        return replace(self, config=config, lanes=order)
 
     def batch_size_of(self, step: int) -> int:
         """Return the sequences of training step `step`, over all ranks."""
@@ -320,11 +327,13 @@ def _make_source(
     check_same_tokenizer(config, index.encoding, tokenizer)
     # Cheap: every rank and worker computes the rest from the shared tables.
     layout = StreamLayout.of_config(config, tables.domains, tables.blocks, index.shard_facts(), tokenizer)
+    if plane.lanes is None:
+        plane = replace(plane, lanes=default_lanes(plane, layout, index.shard_formats))
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
     version = StreamVersion.start(len(epoch_items))
     return Source(
-        config=config,
+        config=replace(config, dataplane=plane),
         index=index,
         tables=tables,
         layout=layout,
@@ -354,13 +363,9 @@ def _selection(config: Config, index: IndexDescription, split: Split, tables: Sh
     fractions = domain_fractions(config.mixture, len(index.domain_names)) if split == "train" else None
     if fractions is not None:
         predicate = restrict_to_fractions(predicate, assignment, fractions, config.query.holdout.fraction)
+    none = (0, 0)
     return Selection(
-        table=tables.domains,
-        predicate=predicate,
-        assignment=assignment,
-        selected=(0, 0),
-        unassigned=(0, 0),
-        overlaps=(),
+        table=tables.domains, predicate=predicate, assignment=assignment, selected=none, unassigned=none, overlaps=()
     )
 
 

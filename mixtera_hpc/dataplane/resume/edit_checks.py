@@ -21,7 +21,7 @@ from mixtera_hpc.dataplane.resume.run_edits import (
     record_run_edit,
     run_edit_between,
 )
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, LaunchError
 
@@ -55,7 +55,7 @@ def check_and_record_edit(
     at_step = _checkpoint_step(folder, skip_steps, earlier)
     edit = run_edit_between(before, after, earlier, at_step=at_step, skip_steps=skip_steps, drop=drop)
     if drop:
-        _check_drop(pin_index_generation(after, folder.journal), dropped_expressions(earlier), drop)
+        _check_drop(pin_to_run(after, folder.journal), dropped_expressions(earlier), drop)
     _check_steps_remain(folder, at_step, after.training.num_steps)
     if edit is None:
         return

@@ -29,7 +29,7 @@ from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
 from mixtera_hpc.launch.prepare import prepare_run
@@ -151,7 +151,7 @@ def _make_run(point: ForkPoint, config: Config, mixture: MixtureConfig, now: dat
 
 def _checked_mixtures(point: ForkPoint, forks: Sequence[Fork]) -> list[MixtureConfig]:
     """Return the mixtures of new runs, checked against the data of their parent."""
-    config = pin_index_generation(point.config, point.parent.journal)
+    config = pin_to_run(point.config, point.parent.journal)
     source = open_source(config, Local(), subset=subset_of_run(point.parent), check=False)
     mixtures = []
     for fork in forks:

@@ -6,7 +6,7 @@ and running points, and continues the others.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,9 @@ __all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
 """The config groups whose values identify a point."""
+
+EARLIER_LANES = 16
+"""The default of `dataplane.lanes` in releases in which it was a number. Their runs keep it."""
 
 Action = Literal["new", "continue", "finished", "active"]
 """Action of submitting the sweep for a point: `continue` resumes its run; a finished or active point is skipped."""
@@ -137,7 +140,7 @@ def plan_configs(
     points: list[SweepPoint] = []
     num_due = 0
     for config, point in zip(configs, combinations, strict=True):
-        fingerprint = _fingerprint(config)
+        fingerprint = _known_fingerprint(config, previous)
         folder, action = previous.get(fingerprint, (None, "new"))
         is_due = action in ("new", "continue")
         if max_parallel is not None and is_due:
@@ -210,6 +213,15 @@ def _action(state: JobState) -> Action:
     if state.active:
         return "active"
     return "finished" if state == JobState.COMPLETED else "continue"
+
+
+def _known_fingerprint(config: Config, known: Container[str]) -> str:
+    """Return the fingerprint of a point, or the one that it had when the default of `dataplane.lanes` was a number."""
+    fingerprint = _fingerprint(config)
+    if fingerprint in known or config.dataplane.lanes is not None:
+        return fingerprint
+    earlier = _fingerprint(replace(config, dataplane=replace(config.dataplane, lanes=EARLIER_LANES)))
+    return earlier if earlier in known else fingerprint
 
 
 def _fingerprint(config: Config) -> str:

@@ -17,7 +17,7 @@ __all__ = ["packing_identity", "sequence_order"]
 def sequence_order(
     plane: DataPlaneConfig, grid: SequenceGrid, epoch_items: NDArray[np.int64], version: StreamVersion
 ) -> LaneOrder:
-    """Return the order in which the sequences of all domains are served."""
+    """Return the order in which the sequences of all domains are served; `plane` has a number of lanes."""
     if plane.shuffle == "sequence":
         return SequenceShuffle(
             lanes=1,
@@ -29,7 +29,7 @@ def sequence_order(
         )
     return LaneOrder(
         # Without a shuffle of rows the base order is served.
-        lanes=plane.lanes if plane.shuffle == "window" else 1,
+        lanes=plane.lanes if plane.lanes is not None and plane.shuffle == "window" else 1,
         grid=grid,
         epoch_items=epoch_items,
         origins=version.origins,

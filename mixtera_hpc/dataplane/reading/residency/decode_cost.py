@@ -8,7 +8,7 @@ domains; nothing for formats that read single rows.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def cost_with_more_lanes(source: Source, served_per_step: Floats, shape: JobShap
         return None
     if source.layout.order.shuffle == "sequence":
         return None
-    cost = decode_cost(replace(source, lanes=replace(source.lanes, lanes=lanes)), served_per_step, shape)
+    cost = decode_cost(source.with_lanes(lanes), served_per_step, shape)
     if cost is None or cost.amplification > CLEARLY_LESS * now.amplification:
         return None
     return (lanes, cost) if cost.memory_bytes <= source.config.data.cache_bytes else None
