@@ -34,6 +34,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.reading import lane_count
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
@@ -47,8 +48,8 @@ RANKS_PER_NODE = 4
 FRAME_ROWS = 256
 UNIT_MB = 41
 """Decoded size of a shard of SlimPajama."""
-CASES = ((1, 16), (4, 16), (16, 16), (64, 16), (1, 64), (4, 64), (16, 64), (64, 64))
-"""Pairs of ranks and lanes that are measured with single frames and frames."""
+CASES = ((1, None), (4, None), (16, None), (64, None), (16, 16), (64, 16), (1, 64), (4, 64), (64, 64))
+"""Ranks, and lanes that differ from the default, which are measured with single frames and frames."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,8 @@ def main(options: Sequence[str] = ()) -> None:
     rows_per_shard = int(arguments.shard_mb * 1e6 / 1100)
     source_rows = make_rows(arguments.shards * rows_per_shard)
     scale = min(arguments.shard_mb / UNIT_MB, 1)
+    # The default number of lanes is bounded by memory, too.
+    lane_count.MAX_WINDOW_BYTES = int(lane_count.MAX_WINDOW_BYTES * scale)
     cache_mb = arguments.cache_mb or (2 << 30) * scale / 1e6
 
     costs = []
@@ -98,7 +101,8 @@ class JobCase:
     """A job whose middle node is measured."""
 
     ranks: int
-    lanes: int
+    lanes: int | None
+    """None for the default of the global batch and the data."""
     scale: float
     """Size of windows and units to those of shards of 41 MB."""
     has_own_speeds: bool
@@ -137,7 +141,7 @@ def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows:
     return ReadCost(
         layout=layout,
         ranks=job.ranks,
-        lanes=job.lanes,
+        lanes=source.lanes.lanes,
         rows=rows,
         rows_per_cpu_s=rows / seconds,
         amplification=decoded / served,
@@ -175,7 +179,7 @@ def config_of(folder: Path, job: JobCase, cache_bytes: int) -> Config:
             *(["mixture.temperature=2"] if job.has_own_speeds else []),
             "mixture.on_exhausted=redistribute",
             "mixture.max_epochs=1",
-            f"dataplane.lanes={job.lanes}",
+            *([] if job.lanes is None else [f"dataplane.lanes={job.lanes}"]),
             f"dataplane.window_bytes={int((1 << 23) * job.scale)}",
             f"dataplane.global_batch_size={LOCAL_BATCH * job.ranks}",
         ]

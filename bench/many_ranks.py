@@ -4,9 +4,9 @@
 
 Every rank has 8 sequences of 4,096 tokens of a step, of plain JSONL or of stored tokens, with seven domains. The four
 ranks of a node are measured together, one after the other in one process on one core, with and without shared windows;
-costs are per rank. A large job passes through the corpus in few steps, so the same readers serve several nodes, in
-different lanes. They have opened all files before. CPU times are medians of interleaved rounds. Prints a table and
-writes bench/out/many_ranks.json.
+costs are per rank. The number of lanes is the default of the global batch, and for 1,024 ranks also 16. A large job
+passes through the corpus in few steps, so the same readers serve several nodes, in different lanes. They have opened
+all files before. CPU times are medians of interleaved rounds. Prints a table and writes bench/out/many_ranks.json.
 """
 
 import argparse
@@ -54,10 +54,11 @@ class Job:
     steps: int
     nodes: int
     """Nodes that are measured, each in a lane of its own."""
-    lanes: int = 16
+    lanes: int | None = None
+    """None for the default of the global batch."""
 
 
-JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14), Job(1024, 8, 8, 14, 256))
+JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14), Job(1024, 8, 8, 14, 16))
 """1,024 ranks serve the corpus in 17 steps, and need new windows in each of them. Eight steps are read together."""
 
 
@@ -152,7 +153,9 @@ def main(options: Sequence[str] = ()) -> None:
 def _measure(data: str, jobs: Sequence[Job], rounds: int) -> list[RankCost]:
     sources: dict[Job, Source] = {}
     for job in jobs:
-        settings = [f"dataplane.global_batch_size={OWN_SEQUENCES * job.num_ranks}", f"dataplane.lanes={job.lanes}"]
+        settings = [f"dataplane.global_batch_size={OWN_SEQUENCES * job.num_ranks}"]
+        if job.lanes is not None:
+            settings.append(f"dataplane.lanes={job.lanes}")
         sources[job] = open_source(compose([*DATA[data](), *settings]), Local())
         # A new tokenizer is slow until it has seen most words.
         _step_s(sources[job], job, False, 0)
@@ -162,7 +165,10 @@ def _measure(data: str, jobs: Sequence[Job], rounds: int) -> list[RankCost]:
     for number, (job, is_shared) in itertools.product(range(rounds), seconds):
         seconds[job, is_shared].append(_step_s(sources[job], job, is_shared, number))
     alone = [total for total, _ in next(iter(seconds.values()))]
-    return [_cost(data, *key, of_rounds, alone) for key, of_rounds in seconds.items()]
+    return [
+        _cost(data, job, sources[job].lanes.lanes, is_shared, of_rounds, alone)
+        for (job, is_shared), of_rounds in seconds.items()
+    ]
 
 
 def _step_s(source: Source, job: Job, has_shared_windows: bool, round_number: int) -> tuple[float, float]:
@@ -170,7 +176,7 @@ def _step_s(source: Source, job: Job, has_shared_windows: bool, round_number: in
     # Nothing of what other rounds have read is in memory.
     node = Node(source, job.num_ranks, has_shared_windows=has_shared_windows)
     # Not at the same place of each lane, because the domains of a lane follow each other.
-    lane = job.num_ranks / job.lanes
+    lane = job.num_ranks / source.lanes.lanes
     total = [0.0, 0.0]
     for number in range(job.nodes):
         place = (number + 0.5 + (number * 0.618 + round_number * 0.23) % 1) * lane
@@ -181,14 +187,19 @@ def _step_s(source: Source, job: Job, has_shared_windows: bool, round_number: in
 
 
 def _cost(
-    data: str, job: Job, has_shared_windows: bool, of_rounds: Sequence[tuple[float, float]], alone: Sequence[float]
+    data: str,
+    job: Job,
+    lanes: int,
+    has_shared_windows: bool,
+    of_rounds: Sequence[tuple[float, float]],
+    alone: Sequence[float],
 ) -> RankCost:
     ratios = [total / of_one for (total, _), of_one in zip(of_rounds, alone, strict=True)]
     windows_s = statistics.median(windows for _, windows in of_rounds)
     return RankCost(
         data=data,
         num_ranks=job.num_ranks,
-        lanes=job.lanes,
+        lanes=lanes,
         has_shared_windows=has_shared_windows,
         step_ms=statistics.median(total for total, _ in of_rounds) * 1e3,
         ratio=statistics.median(ratios),
