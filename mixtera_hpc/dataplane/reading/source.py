@@ -322,10 +322,9 @@ def _rebuild_source(
 def _make_source(
     config: Config, index: IndexDescription, subset: SampleSubset, tables: SharedTables, tokenizer: Tokenizer | None
 ) -> Source:
-    """Compute what follows from the configuration and the shared index."""
+    """Compute what follows from the configuration and the shared index: cheap, so every rank and worker does it."""
     plane = config.dataplane
     check_same_tokenizer(config, index.encoding, tokenizer)
-    # Cheap: every rank and worker computes the rest from the shared tables.
     layout = StreamLayout.of_config(config, tables.domains, tables.blocks, index.shard_facts(), tokenizer)
     if plane.lanes is None:
         plane = replace(plane, lanes=default_lanes(plane, layout, index.shard_formats))
