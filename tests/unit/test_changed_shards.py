@@ -197,6 +197,30 @@ def test_a_mapped_file_that_was_truncated_before_a_late_read_is_refused(
     assert error.value.__notes__ == ["No batch with changed data was served."]
 
 
+@pytest.mark.parametrize("change", ["truncated", "replaced"])
+def test_a_token_file_that_changes_between_the_batches_of_a_read_is_refused(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison_pace, "LATE_S", 0)
+    monkeypatch.setattr(batch_maker, "STORED_TOKENS_PER_READ", 1 << 20)
+    # One step; the four steps of the chunk are read together.
+    monkeypatch.setattr(batch_maker, "TOKENS_PER_WRITE", 1)
+    (shard,) = (path for path in written("megatron", tmp_path / "data") if path.suffix == ".bin")
+    (other,) = (path for path in written("megatron", tmp_path / "others", "b") if path.suffix == ".bin")
+    config = configured("megatron", tmp_path / "data")
+    with closing(BatchMaker(open_source(config, Local()), BatchSlice(), audit=False)) as maker:
+        plan = maker._source.planner.plan(PlannerState.start(1), maker._source.weights)[0]
+        batches = maker.batches(plan, 0)
+        assert [next(batches).step, next(batches).step] == [0, 1]
+        if change == "truncated":
+            os.truncate(shard, 0)
+        else:
+            in_place(other, shard)
+        with pytest.raises(DataError, match="has changed while the run reads it") as error:
+            next(batches)
+    assert error.value.__notes__ == ["No batch with changed data was served."]
+
+
 @pytest.fixture
 def _slow_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a clock pass one second at every look: a comparison takes a second, and each check that does not compare."""

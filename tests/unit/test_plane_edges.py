@@ -127,6 +127,7 @@ def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> 
 
     class SlowMaker:
         places = ()
+        next_is_made = False
 
         def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
             returns.wait()
@@ -147,6 +148,7 @@ class EndlessMaker:
     """Makes empty batches, and calls functions before and after each of them."""
 
     places = ()
+    next_is_made = False
 
     def __init__(self, before: Callable[[int], object], after: Callable[[], object] = lambda: None) -> None:
         self._before = before
@@ -201,6 +203,30 @@ def test_a_batch_that_the_trainer_waits_for_is_taken_before_the_next_is_made(mon
         assert prefetcher.get(timeout_s=600) is not None
     prefetcher.close()
     assert ready_after[:5] == [0] * 5
+
+
+@pytest.mark.parametrize(("next_is_made", "expected"), [(False, 1), (True, 3)])
+def test_batches_that_were_made_together_are_handed_over_together(
+    next_is_made: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetcher_module, "HAND_OVER_S", 600)
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+    maker = EndlessMaker(before=asked.put)
+    maker.next_is_made = next_is_made
+    prefetcher = Prefetcher(maker, 3)
+    # As if a trainer waited that does not get its turn.
+    prefetcher._is_awaited = True
+    prefetcher.submit(EMPTY_PLAN, 0)
+    for step in range(expected):
+        assert asked.get(timeout=30) == step
+    if next_is_made:
+        # Made, and waits for room.
+        assert asked.get(timeout=30) == expected
+    else:
+        with pytest.raises(queue.Empty):
+            asked.get(timeout=0.2)
+    assert prefetcher.num_ready == expected
+    prefetcher.close()
 
 
 def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:

@@ -1,12 +1,12 @@
 """From a chunk plan to one rank's batches: which sequences, which documents, which tokens.
 
 The documents of several steps are looked up and read together, so that a document which two of their sequences share is
-read once.
+read once. Their tokens are written to the batches of a few steps at a time, when these are asked for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 20
 SAMPLE_BYTES_PER_READ = 4 << 20
 """Target sizes of what is read together: few calls, but each read takes only milliseconds."""
+TOKENS_PER_WRITE = 1 << 18
+"""Target size of the batches that are written together. They take 3.4 MB, so that the memory of batches that the
+trainer has freed is written again while it is in the processor's cache."""
 
 Ints = NDArray[np.int64]
 
@@ -89,6 +92,8 @@ class BatchMaker:
         self._transform = None if raw else load_transform(source.config.data.transform)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""
+        self.next_is_made = False
+        """See `BatchSource`."""
         self._order: tuple[ChunkPlan, ChunkOrder] | None = None
         """The order of the plan that was used last."""
         self._plan_digest: tuple[ChunkPlan, int] | None = None
@@ -119,22 +124,31 @@ class BatchMaker:
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
             together = self._contents_of(plan, steps[first : first + size])
+            groups = self._read_unchanged(plan, together)
             try:
-                batches = self._read_unchanged(plan, together)
+                # All documents are read before the first batch.
+                batches = next(groups)
             except MixteraError:
                 # If a file has changed, this explains the error. After a change, its rows may be in memory.
                 self._reader.compare()
                 # Read step by step, so that the steps before the damaged one are served.
                 self._reader.pace.every_read = True
                 for content in together:
-                    yield from self._read_unchanged(plan, [content])
+                    yield from chain.from_iterable(self._read_unchanged(plan, [content]))
             else:
-                for number, batch in enumerate(batches):
-                    self._reader.place.enter(IDLE)
-                    # Batches of samples are made one by one, those of tokens together with the first one.
-                    if number == 0 or batch.payloads is not None:
-                        batch = replace(batch, times=BatchTimes(self._reader.place.take_times()))
-                    yield batch
+                for group in chain([batches], groups):
+                    yield from self._timed(group)
+
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches with the time that it took to make them."""
+        num_made = len(batches) if isinstance(batches, list) else 0
+        for number, batch in enumerate(batches):
+            self.next_is_made = number + 1 < num_made
+            self._reader.place.enter(IDLE)
+            # Batches of samples are made one by one, those of tokens together with the first one.
+            if number == 0 or batch.payloads is not None:
+                batch = replace(batch, times=BatchTimes(self._reader.place.take_times()))
+            yield batch
 
     def close(self) -> None:
         """Close all files."""
@@ -190,27 +204,33 @@ class BatchMaker:
         budget = self._source.config.dataplane.sample_budget or 0.0
         return fill_micro_batches(padded, self._slice.size_of(batch_size), own.start, budget)
 
-    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
-        """Return the batches of consecutive steps, unless a shard that was read has changed."""
-        batches = self._read_steps(plan, steps)
-        self._reader.check_unchanged()
-        return batches
+    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterator[Iterable[Batch]]:
+        """Yield the batches of consecutive steps in groups, unless a shard that was read has changed."""
+        for batches in self._read_steps(plan, steps):
+            self._reader.check_unchanged()
+            yield batches
 
-    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
-        """Return the batches of consecutive steps, whose documents are read together."""
+    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Iterable[Batch]]:
+        """Return groups of the batches of consecutive steps, whose documents are read together."""
         if not any(content.num_sequences for content in steps):
-            return [self._padding(plan, content) for content in steps]
+            return [[self._padding(plan, content) for content in steps]]
         domain = np.concatenate([content.domain_ids[: content.num_sequences] for content in steps])
         sequence = np.concatenate([content.sequence[: content.num_sequences] for content in steps])
         documents = self._documents.documents(domain, sequence)
         if self._source.layout.in_tokens:
             return self._token_batches(plan, steps, documents)
-        return self._sample_batches(plan, steps, documents, self._reader.samples(documents))
+        return [self._sample_batches(plan, steps, documents, self._reader.samples(documents))]
 
-    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], documents: Documents) -> list[Batch]:
-        """Write the tokens of the sequences of each step, which consist of `documents`."""
-        arrays = self._reader.read_sequences(documents, [self._output_of(content) for content in steps])
-        return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
+    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], documents: Documents) -> Iterator[list[Batch]]:
+        """Write the tokens of the sequences of each step, which consist of `documents`, a few steps at a time."""
+        sequences = self._reader.sequences(documents, [self._output_of(content) for content in steps])
+        size = max(1, TOKENS_PER_WRITE // (len(steps[0].domain_ids) * self._source.grid.stride))
+        for first in range(0, len(steps), size):
+            group = steps[first : first + size]
+            if first:
+                self._reader.place.begin(group[0].step)
+            written = zip(group, self._reader.write(sequences, range(first, first + len(group))), strict=True)
+            yield [self._batch(plan, content, None, **arrays._asdict()) for content, arrays in written]
 
     def _output_of(self, content: StepContent) -> SequenceOutput:
         """Return where the sequences of a step are written."""

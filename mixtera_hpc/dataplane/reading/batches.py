@@ -168,6 +168,9 @@ def positions_of(batch: Batch | Mapping[str, Any]) -> Any:
 class BatchSource(Protocol):
     """Makes one rank's batches: in this process (`BatchMaker`) or in others (`Workers`)."""
 
+    next_is_made: bool
+    """True if `batches` yields the next batch at once, because it was made together with the last one."""
+
     @property
     def places(self) -> Sequence[ReadPlace]:
         """Places where it reads, one per process."""

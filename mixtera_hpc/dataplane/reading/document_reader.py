@@ -152,8 +152,8 @@ class DocumentReader:
         """True if every document is stored as token ids."""
         return self._gather.holds_all
 
-    def read_sequences(self, documents: Documents, outputs: Sequence[SequenceOutput]) -> list[TokenArrays]:
-        """Return the arrays of batches with whole sequences; see `StoredSequences`.
+    def sequences(self, documents: Documents, outputs: Sequence[SequenceOutput]) -> StoredSequences:
+        """Read whole sequences, ready to be written to batches before the next read; see `StoredSequences`.
 
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
@@ -161,8 +161,19 @@ class DocumentReader:
         self.place.enter(READ)
         length = self._source.grid.length
         writer = self.prepare(documents, [output.num_sequences * length for output in outputs])
-        sequences = StoredSequences(self._source, writer, documents, outputs)
-        return [sequences.write(number) for number in range(len(outputs))]
+        return StoredSequences(self._source, writer, documents, outputs)
+
+    def write(self, sequences: StoredSequences, numbers: range) -> list[TokenArrays]:
+        """Return the arrays of some of the batches of the last read. Compare the files again that they are read from.
+
+        Raises:
+            DataError: a shard that is read has changed.
+        """
+        self.place.enter(READ)
+        # Time may have passed since the batches before were written.
+        if numbers.start and len(sequences.shards):
+            self._compare_before_use(sequences.shards)
+        return [sequences.write(number) for number in numbers]
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, ready to be copied; see `TokenGather.prepare`."""

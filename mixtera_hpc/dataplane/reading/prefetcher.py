@@ -5,6 +5,7 @@ The thread expands plans, reads, decompresses, tokenizes and packs. It never cal
 
 If the trainer waits for a batch, the thread hands it over and pauses until the trainer has taken it. Otherwise the
 thread would keep the interpreter's lock for up to 5 ms, and make further batches that push this one out of the cache.
+Batches that were made together are handed over together: a turn of the other thread costs about 10 µs.
 """
 
 import queue
@@ -143,7 +144,7 @@ class Prefetcher:
                 return False
             self._ready.append(item)
             self._has_batch.notify()
-            if self._is_awaited:
+            if self._is_awaited and not self._maker.next_is_made:
                 # Gives up the interpreter's lock.
                 self._has_room.wait_for(lambda: self._is_stopping or not self._ready, HAND_OVER_S)
         return True

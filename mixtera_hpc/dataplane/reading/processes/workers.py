@@ -135,6 +135,8 @@ class Workers:
         """Those of `_ranges` that were sent."""
         self._num_received = 0
         """Number of answers to `_requests` that were received."""
+        self.next_is_made = False
+        """See `BatchSource`."""
 
     @property
     def places(self) -> Sequence[ReadPlace]:
@@ -182,7 +184,8 @@ class Workers:
         _, slots = self._requests[self._num_received]
         self._num_received += 1
         self._request_ahead()
-        for batch in batches:
+        for remaining, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            self.next_is_made = remaining > 0
             yield self._completed(batch, slots.pop(batch.step, None), number)
         if error is not None:
             self._give_back(slots, number)

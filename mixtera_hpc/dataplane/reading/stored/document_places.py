@@ -131,7 +131,9 @@ class DocumentPlaces:
         if not is_run.all():
             chosen = concatenated_ranges(chosen, np.where(is_run, 1, sizes))
         wanted_starts = documents.wanted_stops.take(chosen) - documents.wanted.take(chosen)
-        wanted = np.diff(wanted_starts, append=documents.wanted_stops[-1])
+        wanted = np.empty_like(wanted_starts)
+        np.subtract(wanted_starts[1:], wanted_starts[:-1], out=wanted[:-1])
+        wanted[-1] = documents.wanted_stops[-1] - wanted_starts[-1]
         begin = documents.first.take(chosen)
         number = documents.number.take(chosen)
         return Documents(windows=documents.windows, number=number, first=begin, last=begin + wanted)

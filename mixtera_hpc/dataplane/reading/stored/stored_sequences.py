@@ -7,6 +7,7 @@ where the trainer gets them. Price: beside the copy about 10 bytes written per t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,17 +66,21 @@ class StoredSequences:
         self._number = part - np.repeat(first_part.astype(np.int32), num_parts)
         self._first_parts: list[int] = np.append(0, parts_stop)[first_rows].tolist()
 
-        # Parts that begin inside a row, and the place of the prediction of their first token in all loss masks. A row
-        # has one prediction less than tokens.
-        is_inside = np.ones(len(stops), np.bool_)
-        is_inside[first_part] = False
-        first_predictions = (stops - self._lengths - np.repeat(rows + 1, num_parts))[is_inside]
+        # Parts that begin inside a row, and the place of the prediction of their first token in all loss masks. Such a
+        # part begins where the one before it ends, and a row has one prediction less than tokens.
+        inside = np.flatnonzero(self._number)
+        first_predictions = stops.take(inside - 1) - np.repeat(rows + 1, num_parts - 1)
         # Each row has one part that does not begin inside of it.
         borders = (self._first_parts - first_rows).tolist()
         self._first_predictions = [
             first_predictions[begin:end] - first_row * (length - 1)
             for (begin, end), first_row in zip(pairwise(borders), first_rows.tolist(), strict=False)
         ]
+
+    @property
+    def shards(self) -> NDArray[np.integer[Any]]:
+        """Different mapped shards that `write` reads."""
+        return self._writer.shards
 
     def write(self, number: int) -> TokenArrays:
         """Return the arrays of a batch: its sequences, special tokens included, and zeros in rows of padding."""

@@ -107,6 +107,8 @@ class TokenCopies:
                 if all documents are in memory as a whole.
         """
         self._memory = memory
+        self.shards: NDArray[np.integer[Any]] = np.zeros(0, np.int64)
+        """Different mapped shards that `write` reads, if they are to be compared with the index."""
         self._borders = np.cumsum([0, *sizes])
         self._added: list[tuple[Ints, list[int], int]] = []
         if missing is None:

@@ -33,6 +33,10 @@ Tokens = NDArray[np.integer[Any]]
 class TokenWriter(Protocol):
     """The tokens of several outputs, which are copied one after the other."""
 
+    @property
+    def shards(self) -> NDArray[np.integer[Any]]:
+        """Different mapped shards that `write` reads; empty if the tokens are in other memory."""
+
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output, given its number, to a flat array."""
 
@@ -83,13 +87,16 @@ class TokenGather:
         documents = self._places.joined(documents)
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
-        self._compare_before_use(files[files < self._num_shards])
+        shards = files[files < self._num_shards]
+        self._compare_before_use(shards)
         if len(files) <= MAX_MAPPED_FILES:
             types = self._files.map(files)
             # Each integer type has an array of its own.
             if (types == types[0]).all():
                 self._loads.load(documents, places)
-                return self._copies(documents, places, sizes, int(types[0]))
+                copies = self._copies(documents, places, sizes, int(types[0]))
+                copies.shards = shards
+                return copies
         return ReadTokens(self._read_by_type(documents, places), sizes)
 
     def close(self) -> None:
@@ -157,6 +164,7 @@ class ReadTokens:
     def __init__(self, tokens: Tokens, sizes: Sequence[int]) -> None:
         """Take the tokens of all outputs, one output after the other, and the tokens of each."""
         self._parts = np.split(tokens, np.cumsum(sizes)[:-1])
+        self.shards: NDArray[np.integer[Any]] = np.zeros(0, np.int64)
 
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output."""
