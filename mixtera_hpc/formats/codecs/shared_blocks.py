@@ -39,12 +39,14 @@ MAX_WRITER_PAUSE_S = 0.001
 MAX_ENTRIES = 4096
 _COLUMNS = ("state", "key", "check", "start", "size")
 _EMPTY, _WRITING, _READY, _TOO_LARGE = range(4)
+ALIGNMENT = 64
 RESERVED_BYTES = 64
 """The memory begins with the end of the ring, behind what its owner writes there."""
-HEADER_BYTES = RESERVED_BYTES + 8 * (2 + MAX_ENTRIES * len(_COLUMNS))
+_NUM_NUMBERS = 2 + MAX_ENTRIES * len(_COLUMNS)
+HEADER_BYTES = -(-(RESERVED_BYTES + 8 * _NUM_NUMBERS) // ALIGNMENT) * ALIGNMENT
+"""Bytes in front of the ring, which begins at the border of a cache line."""
 MAX_SHARE = 0.25
 """Largest part of the ring for one block."""
-ALIGNMENT = 64
 _DIRECTORY = 0
 """Byte whose lock protects the directory. The byte 1 + key protects the decoding of a block."""
 _MAX_KEY = 1 << 62
@@ -77,19 +79,18 @@ class SharedBlocks:
         """Bytes whose lock another process held for too long. This process does not wait for them again."""
         size = os.fstat(self._fd).st_size
         self._memory = mmap.mmap(self._fd, size)
-        numbers = np.frombuffer(self._memory, np.int64, 2 + MAX_ENTRIES * len(_COLUMNS), RESERVED_BYTES)
+        numbers = np.frombuffer(self._memory, np.int64, _NUM_NUMBERS, RESERVED_BYTES)
         self._end = numbers[:1]
         """Number of bytes reserved so far. The ring continues at this number modulo its size."""
         self._writer_ns = numbers[1:2]
         """Time until which readers let a process that waits to write the directory go first; 0 without one."""
         self._columns = dict(zip(_COLUMNS, numbers[2:].reshape(len(_COLUMNS), MAX_ENTRIES), strict=True))
-        self._first_byte = -(-HEADER_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._ring_bytes = size - self._first_byte
+        self._ring_bytes = size - HEADER_BYTES
 
     @staticmethod
     def memory_bytes(max_bytes: int) -> int:
         """Return the size of the memory for blocks of `max_bytes` together."""
-        return max_bytes + HEADER_BYTES + mmap.PAGESIZE
+        return max_bytes + HEADER_BYTES
 
     @property
     def max_block_bytes(self) -> int:
@@ -258,7 +259,7 @@ class SharedBlocks:
 
     def _place(self, start: int) -> int:
         """Return the place in the memory of a position of the ring."""
-        return self._first_byte + start % self._ring_bytes
+        return HEADER_BYTES + start % self._ring_bytes
 
     @contextmanager
     def _lock(self, byte: int, *, is_shared: bool = False, can_wait: bool = True) -> Iterator[None]:
