@@ -264,6 +264,21 @@ def test_fast_reads_are_compared_in(where: str, tmp_path: Path) -> None:
     assert f"{shard} has changed while the run reads it" in str(error)
 
 
+@pytest.mark.usefixtures("_slow_comparisons")
+def test_a_reader_without_a_step_of_the_last_chunk_compares_what_it_has_read(tmp_path: Path) -> None:
+    (shard,) = written("jsonl", tmp_path / "data")
+    (other,) = written("jsonl", tmp_path / "others", "b")
+    config = configured("jsonl", tmp_path / "data")
+    source = open_source(config, Local())
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        plan = source.planner.plan(PlannerState.start(1), source.weights)[0]
+        assert list(maker.batches(plan, 0))
+        in_place(other, shard)
+        assert list(maker.batches_of(plan, range(1)))
+        with pytest.raises(DataError, match="has changed while the run reads it"):
+            list(maker.batches_of(replace(plan, last=True), range(0)))
+
+
 def test_a_restored_modification_time_hides_no_change(tmp_path: Path) -> None:
     """A run compares the change time as well, which no program can set."""
     (shard,) = written("jsonl", tmp_path / "data")

@@ -87,6 +87,17 @@ def test_a_worker_without_room_for_its_batches_is_refused(collection: list[str])
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_every_worker_gets_a_request_of_the_last_chunk(collection: list[str]) -> None:
+    """Each compares the files that it has read once more."""
+    source, plan = opened(collection)
+    workers = Workers(source, SHARE, 3)
+    assert len(list(workers.batches(replace(plan, last=True), 5))) == 2
+    assert [len(steps) for steps, _ in workers._requests] == [0, 1, 1]
+    assert len(list(workers.batches(plan, 6))) == 1
+    assert [len(steps) for steps, _ in workers._requests] == [1]
+    workers.close()
+
+
 def test_workers_ignore_the_signals_of_the_job(collection: list[str]) -> None:
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 1)

@@ -40,7 +40,7 @@ from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, se
 from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
-__all__ = ["BatchMaker", "items_per_read", "steps_per_read", "training_steps_of"]
+__all__ = ["BatchMaker", "is_last_chunk", "items_per_read", "steps_per_read", "training_steps_of"]
 
 TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 20
@@ -115,12 +115,13 @@ class BatchMaker:
     def batches_of(self, plan: ChunkPlan, steps: range) -> Iterator[Batch]:
         """Yield this rank's batches of some training steps of `plan`.
 
-        Several steps are read together, but an error in the data of a step is raised at that step.
+        Several steps are read together, but an error in the data of a step is raised at that step. Without steps, the
+        files that were read before are compared if nothing follows.
         """
         size = steps_per_read(self._source, self._slice, self._items_per_read, plan)
-        # Nothing is read, nor compared, after the last chunk.
-        is_last = plan.last or self._source.config.training.num_steps - 1 in training_steps_of(self._source, plan, 0)
-        self._reader.pace.every_read = self._compare_every_read or is_last
+        self._reader.pace.every_read = self._compare_every_read or is_last_chunk(self._source, plan)
+        if not steps:
+            self._reader.check_unchanged()
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
             together = self._contents_of(plan, steps[first : first + size])
@@ -336,6 +337,11 @@ def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range
     version = source.stream_version
     first_of_plan = version.step_at(plan.first_step)
     return range(max(first_step, first_of_plan), version.step_at(plan.first_step + plan.num_steps))
+
+
+def is_last_chunk(source: Source, plan: ChunkPlan) -> bool:
+    """Return True if nothing is read, nor compared, after a plan."""
+    return plan.last or source.config.training.num_steps - 1 in training_steps_of(source, plan, 0)
 
 
 def _no_tokens(count: int) -> dict[str, NDArray[Any]]:

@@ -21,7 +21,13 @@ from typing import Any, NamedTuple
 
 from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read, training_steps_of
+from mixtera_hpc.dataplane.reading.batch_maker import (
+    BatchMaker,
+    is_last_chunk,
+    items_per_read,
+    steps_per_read,
+    training_steps_of,
+)
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, PickledSamples
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
@@ -243,7 +249,11 @@ class Workers:
         """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
         steps = training_steps_of(self._source, plan, first_step)
         size = self._range_size(len(self._workers), len(steps), plan)
-        return [steps[i : i + size] for i in range(0, len(steps), size)]
+        ranges = [steps[i : i + size] for i in range(0, len(steps), size)]
+        if is_last_chunk(self._source, plan):
+            # Processes without a step compare the files that they have read before the last batches are served.
+            ranges = [range(0)] * (len(self._workers) - len(ranges)) + ranges
+        return ranges
 
     def _range_size(self, num_processes: int, num_steps: int, plan: ChunkPlan | None = None) -> int:
         """Return how many of `num_steps` steps of `plan`, or of the first chunk, one request asks for."""
