@@ -74,6 +74,17 @@ def test_a_block_is_decoded_by_one_reader(memory: int) -> None:
     assert (first.num_decoded, second.num_decoded) == (5, 0)
 
 
+def test_memory_without_room_for_a_block_keeps_none() -> None:
+    fd = os.memfd_create("mixtera-test")
+    os.ftruncate(fd, SharedBlocks.memory_bytes(0))
+    readers = [Blocks(SharedBlocks(fd)) for _ in range(2)]
+    os.close(fd)
+    for reader in readers:
+        assert reader.lines(1) == reader.expected(1)
+        reader.blocks.close()
+    assert [reader.num_decoded for reader in readers] == [1, 1]
+
+
 def test_many_readers_do_not_keep_a_block_out(memory: int) -> None:
     """Readers whose turns overlap leave no moment in which the directory is free."""
     writer = Blocks(SharedBlocks(memory, patience_s=1.0))

@@ -89,8 +89,8 @@ class SharedBlocks:
 
     @staticmethod
     def memory_bytes(max_bytes: int) -> int:
-        """Return the size of the memory for blocks of `max_bytes` together."""
-        return max_bytes + HEADER_BYTES
+        """Return the size of the memory for blocks of `max_bytes` together; the smallest one keeps none."""
+        return max(max_bytes, ALIGNMENT) + HEADER_BYTES
 
     @property
     def max_block_bytes(self) -> int:
