@@ -139,6 +139,7 @@ class RowsAhead:
         wanted = self._wanted.pop(block, [])
         if not wanted:
             return self._pack_block(block, rows)
+        # Decode all rows together, in ascending order, and find each domain's own among them.
         everything = np.concatenate([rows, *(of_domain.rows for of_domain in wanted)])
         order = np.argsort(everything)
         try:

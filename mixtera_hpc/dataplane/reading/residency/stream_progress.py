@@ -74,10 +74,12 @@ class StreamProgress:
             num_items[i] = stop - first[i]
             lanes_start[i] = epoch.lanes_start
             lane_items[i] = epoch.lane_items
+        # The first item of each document, counted in lanes, as if all documents of a window had equally many items.
         items_per_document = num_items / documents.windows.num_documents(windows)
         item = first[inverse] + documents.place * items_per_document[inverse] - lanes_start[inverse]
         in_lanes = is_epoch[inverse] & (item >= 0) & (item < lane_items[inverse] * self._lanes.lanes)
         chosen = np.flatnonzero(in_lanes)
+        # The lane of each document, and the part of this lane that comes before the document.
         lane, part = np.divmod(item[chosen] / lane_items[inverse[chosen]], 1)
         self._is_read[lane.astype(np.int64)] = True
         progress = np.array([key.epoch for key in keys])[inverse[chosen]] + part
@@ -86,6 +88,7 @@ class StreamProgress:
     def _set_progress(self, domain: Ints, progress: Floats) -> None:
         """Record the progress of documents of a read."""
         num_lanes = np.count_nonzero(self._is_read) / self._lanes.lanes
+        # Sorted by domain and, for each domain, by progress.
         order = np.lexsort((progress, domain))
         counts = np.bincount(domain, minlength=len(self.current))
         seen = np.flatnonzero(counts)
@@ -154,6 +157,7 @@ class StreamProgress:
 
     def _make_epoch(self, domain: int, epoch: int) -> _Epoch:
         order = self._layout.epoch_order(domain, epoch)
+        # The window of each place in the order of the epoch, and from it the window of each block.
         window_of_place = np.repeat(np.arange(len(order.first_block) - 1), np.diff(order.first_block))
         window_of_block = np.empty_like(window_of_place)
         window_of_block[order.block_order] = window_of_place
