@@ -25,6 +25,8 @@ BATCH_SIZES = (64, 1024)
 ROW_BYTES = 1024
 WINDOWS = ((4, 1), (4, 16), (32, 1), (32, 4), (32, 16), (32, 64), (32, 128), (4096, 1))
 """Blocks in a window, and values of `dataplane.lanes`."""
+LARGE_BATCHES = ((8192, 16), (8192, 256), (32768, 16), (32768, 1024))
+"""Batch sizes with 16 lanes, and with the default number for them; in the default window."""
 DEFAULT_WINDOW = (32, 16)
 """`dataplane.window_bytes` of 8 MiB holds 32 blocks of 256 rows of 1 KiB."""
 
@@ -113,6 +115,8 @@ def measure_qualities() -> Iterator[OrderQuality]:
             yield measure_quality(ShuffleOrder(seed=0, shuffle=shuffle, window_bytes=1), 1, 1, batch_size)
         for window, lanes in WINDOWS:
             yield measure_quality(shuffled(window), window, lanes, batch_size)
+    for batch_size, lanes in LARGE_BATCHES:
+        yield measure_quality(shuffled(DEFAULT_WINDOW[0]), DEFAULT_WINDOW[0], lanes, batch_size)
 
 
 def measure_quality(order: ShuffleOrder, window: int, lanes: int, batch_size: int) -> OrderQuality:
