@@ -1,30 +1,43 @@
-"""Longest times for which the trainer's thread waits for the interpreter's lock while the data plane reads in a thread.
+"""Calls that hold the interpreter's lock for more than 1 ms of CPU time while a rank reads.
 
     python -m bench lock_holds
     python -m bench.lock_holds --only tokens many
 
-A thread makes batches as the reading thread of a rank does, while the main thread asks for the lock every 50 µs and
-does nothing else. A wait counts the time in which the reading thread was on a core, so that other load does not matter.
-The table has the number of batches, the number of waits of more than 1 ms, the longest, and where the reading thread
-was. The cause of such a wait is a call that holds the lock, a garbage collection in it, or many short calls. Short
-calls, such as positioned reads, give the lock up and get it back before the waiting thread has woken. Writes
-bench/out/lock_holds.json.
+A small library (lock_holds.c, compiled by `cc`) is loaded before Python. It measures the CPU time between any two
+moments at which another thread could get the lock: between two places where the interpreter looks for requests of other
+threads, or until a call gives the lock up. So other load, and the time in which a waiting thread wakes up, do not
+count. Every measurement runs three times in new processes. Of a call, given by its batch and place, the shortest time
+counts, because interrupts and the host of a virtual machine take CPU time now and then. Objects that existed before the
+first batch are hidden from the garbage collector, which would visit those of a trainer, too.
+
+The table has the number of batches, the number of holds of more than 1 ms, the longest, and their places, the innermost
+function first. Writes bench/out/lock_holds.json.
 """
 
 import argparse
+import ctypes
+import faulthandler
+import gc
+import json
 import os
+import re
+import signal
+import subprocess
 import sys
-import threading
-import time
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from types import FrameType
 
-from bench._corpus import make_rows
-from bench._results import write_results
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench._corpus import FOLDER, make_once, make_rows, make_tokenizer, source_text
+from bench._results import OUT, write_results
 from bench.compressed import JobCase, config_of, make_layout
 from bench.many import endless_batches
 from bench.many import make_corpus as make_many
@@ -38,14 +51,20 @@ from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.index.build.build import build_index
 
-LIMIT_S = 1e-3
-SWITCH_S = 50e-6
+LIMIT_NS = 1_000_000
+REPORT_NS = 500_000
+"""Shortest hold that a run reports."""
+RUNS = 3
 NUM_BATCHES = 120
 RANKS = 1024
 """Ranks of a large job, of which one is measured."""
 COMPRESSED_ROWS = 94_536
 ROWS_PER_SHARD = 909
 SCALE = 1 / 41
+NUM_LONG = 1200
+LONGEST = 600_000
+"""Characters of the longest text."""
+LIBRARY = OUT / "lock_holds.so"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,12 +72,13 @@ class LockHolds:
     """The measurement of one kind of data."""
 
     data: str
-    batches: int = 0
-    waits: int = 0
-    """Waits of more than the limit."""
+    batches: int
+    holds: int = 0
+    """Holds of more than the limit."""
     longest_ms: float = 0.0
+    """Of the reported ones."""
     places: dict[str, int] = field(default_factory=dict)
-    """Place of the reading thread after such a wait → number of waits."""
+    """Place of such a hold → number of holds."""
 
 
 def main(options: Sequence[str] = ()) -> None:
@@ -67,83 +87,72 @@ def main(options: Sequence[str] = ()) -> None:
     parser.add_argument("--only", nargs="*", choices=DATA, default=list(DATA))
     parser.add_argument("--batches", type=int, default=NUM_BATCHES)
     arguments = parser.parse_args(options)
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    code = Path(__file__).with_suffix(".c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", code, "-o", LIBRARY, "-ldl"], check=True)
     results = []
-    print(f"{'data':12} {'batches':>8} {'waits > 1 ms':>13} {'longest':>10}")
+    print(f"{'data':14} {'batches':>8} {'holds > 1 ms':>13} {'longest':>10}")
     for name in arguments.only:
-        config, num_ranks = DATA[name]()
-        holds = measure(name, config, num_ranks, arguments.batches)
+        holds = measure(name, arguments.batches)
         results.append(asdict(holds))
-        print(f"{name:12} {holds.batches:8} {holds.waits:13} {holds.longest_ms:7.2f} ms", flush=True)
+        print(f"{name:14} {holds.batches:8} {holds.holds:13} {holds.longest_ms:7.2f} ms", flush=True)
         for place, count in sorted(holds.places.items(), key=itemgetter(1), reverse=True)[:8]:
             print(f"{count:26} × {place}")
     write_results("lock_holds", {"holds": results})
 
 
-def measure(name: str, config: Config, num_ranks: int, num_batches: int) -> LockHolds:
-    """Make batches of one rank in a thread, and record long waits."""
+def measure(name: str, num_batches: int) -> LockHolds:
+    """Return the holds that all runs have."""
+    DATA[name]()  # Makes the data once.
+    command = [sys.executable, "-m", "bench.lock_holds", "--run", name, str(num_batches)]
+    environment = {**os.environ, "LD_PRELOAD": str(LIBRARY)}
+    runs: list[dict[str, list[int]]] = []
+    for _ in range(RUNS):
+        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
+    result = LockHolds(data=name, batches=num_batches)
+    for call in set.intersection(*map(set, runs)):
+        # A place may hold the lock several times in a batch.
+        for held_ns in map(min, zip(*(sorted(run[call], reverse=True) for run in runs), strict=False)):
+            result.longest_ms = max(result.longest_ms, held_ns / 1e6)
+            if held_ns > LIMIT_NS:
+                place = call.partition(" ")[2]
+                result.holds += 1
+                result.places[place] = result.places.get(place, 0) + 1
+    return result
+
+
+def run(name: str, num_batches: int) -> dict[str, list[int]]:
+    """Make batches, and return the long holds in nanoseconds, by number of the batch and place."""
+    config, num_ranks = DATA[name]()
     source = open_source(config, Local())
     maker = BatchMaker(source, BatchSlice(group=num_ranks // 2, num_groups=num_ranks), audit=False)
-    holds = LockHolds(data=name)
+    library = ctypes.CDLL(str(LIBRARY))
+    add_pending_call = ctypes.cast(ctypes.pythonapi.Py_AddPendingCall, ctypes.c_void_p)
+    with tempfile.TemporaryFile() as file:
+        report = file.fileno()
+        faulthandler.register(signal.SIGUSR1, report, all_threads=False)
+        gc.collect()
+        gc.freeze()
+        library.holds_find()
+        library.holds_begin(add_pending_call, report, ctypes.c_long(REPORT_NS))
+        for number, _ in enumerate(islice(endless_batches(source, maker), num_batches), 1):
+            os.write(report, f"batch {number}\n".encode())
+        library.holds_end()
+        maker.close()
+        file.seek(0)
+        return _calls(file.read().decode())
 
-    has_ended = threading.Event()
-    may_exit = threading.Event()
 
-    def read() -> None:
-        try:
-            for _ in islice(endless_batches(source, maker), num_batches):
-                holds.batches += 1
-        finally:
-            has_ended.set()
-            may_exit.wait()
-
-    reader = threading.Thread(target=read)
-    usual_interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    reader.start()
-    _watch(reader, has_ended, holds)
-    sys.setswitchinterval(usual_interval)
-    may_exit.set()
-    reader.join()
-    maker.close()
+def _calls(report: str) -> dict[str, list[int]]:
+    """Return the holds of a report, by number of the batch and place."""
+    holds: defaultdict[str, list[int]] = defaultdict(list)
+    for number, batch in enumerate(re.split(r"^batch \d+\n", report, flags=re.MULTILINE)):
+        for hold in batch.split("hold ")[1:]:
+            frames = re.findall(r'File "(.*)", line (\d+) in (.*)', hold)
+            place = " ← ".join(f"{Path(path).stem}.{function}:{line}" for path, line, function in frames[:4])
+            holds[f"{number} {place}"].append(int(hold.split()[0]))
     return holds
-
-
-def _watch(reader: threading.Thread, has_ended: threading.Event, holds: LockHolds) -> None:
-    """Record the waits for the lock until a thread has made its batches."""
-    assert reader.ident is not None  # It has started.
-    clock = time.pthread_getcpuclockid(reader.ident)
-    with Path("/proc/thread-self/schedstat").open("rb", buffering=0) as statistics:
-
-        def waited_s() -> float:
-            """Return the time in which this thread could run and had no core."""
-            return int(os.pread(statistics.fileno(), 100, 0).split()[1]) / 1e9
-
-        # The clock of a thread that has ended cannot be read.
-        while not has_ended.is_set():
-            waited_before_s = waited_s()
-            began_s = time.perf_counter()
-            reader_began_s = time.clock_gettime(clock)
-            time.sleep(0)  # Gives the lock up, and waits for it.
-            # The other thread waits for its turn now, so its clock stands still.
-            reader_s = time.clock_gettime(clock) - reader_began_s
-            passed_s = time.perf_counter() - began_s
-            held_s = min(reader_s, passed_s - (waited_s() - waited_before_s))
-            frame = sys._current_frames().get(reader.ident)
-            if held_s > LIMIT_S and frame is not None:
-                holds.waits += 1
-                holds.longest_ms = max(holds.longest_ms, held_s * 1e3)
-                place = _place(frame)
-                holds.places[place] = holds.places.get(place, 0) + 1
-
-
-def _place(frame: FrameType) -> str:
-    """Return where a thread is: the innermost functions of ours, and the one that they have called."""
-    names = [f"{frame.f_code.co_name}:{frame.f_lineno}"]
-    caller = frame.f_back
-    while caller is not None and len(names) < 4:
-        names.append(f"{Path(caller.f_code.co_filename).stem}.{caller.f_code.co_name}:{caller.f_lineno}")
-        caller = caller.f_back
-    return " ← ".join(names)
 
 
 def _text() -> Config:
@@ -174,6 +183,47 @@ def _compressed(layout: str) -> Config:
     return config_of(folder, job, int((2 << 30) * SCALE))
 
 
+def _long(words: list[str]) -> Config:
+    """Return the configuration of documents of 1 kB to 600 kB; their sizes are log-uniform."""
+
+    def write(folder: Path) -> None:
+        text = source_text()
+        sizes = np.exp(np.random.default_rng(0).uniform(np.log(1000), np.log(LONGEST), NUM_LONG)).astype(int)
+        starts = (np.arange(NUM_LONG) * (len(text) - LONGEST) // NUM_LONG).tolist()
+        documents = [text[start : start + size] for start, size in zip(starts, sizes.tolist(), strict=True)]
+        (folder / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+    folder = make_once(FOLDER / "long", write)
+    return _indexed(folder, [f"dataplane.tokenizer={make_tokenizer()}", *words])
+
+
+def _nested(columns: Callable[[int], dict[str, object]], name: str, group_rows: int) -> Config:
+    """Return the configuration of Parquet files; `columns` returns a row, given its number."""
+
+    def write(folder: Path) -> None:
+        for number in range(4):
+            rows = [columns(row) for row in range(number * 2000, number * 2000 + 2000)]
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{number}.parquet", row_group_size=group_rows)
+
+    return _indexed(make_once(FOLDER / name, write), ["data.text=null", "mixture.unit=samples"])
+
+
+def _indexed(folder: Path, words: list[str]) -> Config:
+    config = compose([f"data.root={folder}", f"index.path={folder}.h5", "mixture.on_exhausted=repeat", *words])
+    if not Path(config.index.path or "").exists():
+        build_index(config)
+    return config
+
+
+def _chat(row: int) -> dict[str, object]:
+    messages = [{"role": "user", "content": "x" * (row % 400)}, {"role": "assistant", "content": "y " * (row % 800)}]
+    return {"messages": messages * (1 + row % 3), "score": row / 7, "ids": list(range(row % 100))}
+
+
+def _image(row: int) -> dict[str, object]:
+    return {"image": np.random.default_rng(row).bytes(100_000), "caption": "a caption"}
+
+
 DATA: dict[str, Callable[[], tuple[Config, int]]] = {
     "text": lambda: (_text(), 1),
     "1,024 ranks": lambda: (_large_job(), RANKS),
@@ -182,9 +232,16 @@ DATA: dict[str, Callable[[], tuple[Config, int]]] = {
     "zst": lambda: (_compressed("zst"), 1),
     "parquet": lambda: (_compressed("parquet-100k"), 1),
     "many": lambda: (make_many(10, 1000), 1),
+    "long text": lambda: (_long(["dataplane.seq_len=2048", "dataplane.global_batch_size=16"]), 1),
+    "long samples": lambda: (_long(["mixture.unit=samples", "dataplane.global_batch_size=16"]), 1),
+    "chats": lambda: (_nested(_chat, "chats", 1000), 1),
+    "images": lambda: (_nested(_image, "images", 200), 1),
 }
 """Name → the configuration, and the number of ranks of its job."""
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["--run"]:
+        print(json.dumps(run(sys.argv[2], int(sys.argv[3]))))
+    else:
+        main(sys.argv[1:])

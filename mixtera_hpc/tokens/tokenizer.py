@@ -7,7 +7,6 @@ document, and `encode_documents` adds them.
 Price: about 3 to 5 µs per kB of text on one core, with gigatoken.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.tokens.chat_template import ChatTemplate, ChatText
 from mixtera_hpc.tokens.chat_tokens import encode_chats
 from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, fingerprint, read_definition
+from mixtera_hpc.tokens.gigatoken_encode import gigatoken_encode
 from mixtera_hpc.tokens.gigatoken_support import check_gigatoken_reads
 from mixtera_hpc.tokens.joined_texts import (
     BORDER,
@@ -204,14 +204,17 @@ class _LibraryTokenizer(ABC):
 
 
 class GigatokenTokenizer(_LibraryTokenizer):
-    """`Tokenizer` over gigatoken. A call uses one thread and holds the GIL, for 5 ms per megabyte."""
+    """`Tokenizer` over gigatoken.
+
+    A call uses one thread. It holds the GIL for 2 to 5 ms per megabyte, if the text is short; see `gigatoken_encode`.
+    """
 
     def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings = _DEFAULTS) -> None:
         """Load a tokenizer; raise ValueError or an error of the library if it would not be encoded exactly."""
         super().__init__(definition, settings)
         check_gigatoken_reads(self._definition.content, self._content.get("added_tokens") or [])
         bordered = with_border(self._content, self.vocab_size)
-        self._encode = _gigatoken_encode(bordered or self._content)
+        self._encode = gigatoken_encode(bordered or self._content)
         joined = JoinedTexts(self._encode, self.vocab_size, self.added)
         self._joined = joined if bordered and joined.agrees() else None
         self._check_special_tokens_stay_text()
@@ -247,21 +250,13 @@ class GigatokenTokenizer(_LibraryTokenizer):
     @cached_property
     def _encode_any(self) -> Encode:
         """The function that encodes texts which may contain the text of a border. It is hardly ever needed."""
-        return _gigatoken_encode(self._content)
+        return gigatoken_encode(self._content)
 
     @property
     def _content(self) -> Mapping[str, Any]:
         """The content of the `tokenizer.json` that the library gets."""
         is_allowed = self._settings.special_tokens_in_text == "allow"
         return self._definition.content if is_allowed else self._definition.without_special_tokens()
-
-
-def _gigatoken_encode(content: Mapping[str, Any]) -> Encode:
-    """Return gigatoken's function that encodes one text."""
-    import gigatoken  # Heavy, and only this tokenizer needs it.
-
-    encode: Encode = gigatoken.Tokenizer.from_json(json.dumps(content).encode()).backend.encode
-    return encode
 
 
 class HuggingFaceTokenizer(_LibraryTokenizer):

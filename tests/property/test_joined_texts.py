@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import processors
 
-from mixtera_hpc.tokens import joined_texts
+from mixtera_hpc.tokens import gigatoken_encode, joined_texts
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.joined_texts import BORDER
 from mixtera_hpc.tokens.token_memory import TokenMemory
@@ -58,16 +58,20 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GigatokenT
     return made
 
 
-@given(st.lists(TEXTS, max_size=12), st.sampled_from([1, 10, 1000, 1 << 15]), st.booleans())
+@given(
+    st.lists(TEXTS, max_size=12), st.sampled_from([1, 10, 1000, 1 << 15]), st.sampled_from([0, 50, 500]), st.booleans()
+)
 def test_tokens_and_counts_are_those_of_single_documents(
-    tokenizers: dict[str, GigatokenTokenizer], texts: list[str], at_once: int, has_border: bool
+    tokenizers: dict[str, GigatokenTokenizer], texts: list[str], at_once: int, long_text: int, has_border: bool
 ) -> None:
     if has_border:
         texts = [*texts, f"a{BORDER}b"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joined_texts, "CHARACTERS_PER_CALL", at_once)
         for name, tokenizer in tokenizers.items():
+            patch.setattr(gigatoken_encode, "LONG_TEXT", 1 << 17)
             each = [tokenizer.encode_each([text])[0].tolist() for text in texts]
+            patch.setattr(gigatoken_encode, "LONG_TEXT", long_text)
             assert tokenizer.count_each(texts).tolist() == list(map(len, each)), name
             tokens, offsets = tokenizer.encode_batch(texts)
             assert [tokens[i:j].tolist() for i, j in itertools.pairwise(offsets)] == each, name

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import ScanSpec
+from mixtera_hpc.formats.base import BlockRef, ScanSpec
+from mixtera_hpc.formats.batching.arrow_tables import BYTES_AT_ONCE, objects_at_once, payloads_of
 from mixtera_hpc.formats.readers.arrow import ArrowFormat
 
 
@@ -55,3 +56,15 @@ def test_a_batch_that_decodes_to_too_much_is_refused(new: Any, message: str, tmp
                 list(scan)
         else:
             assert sum(batch.rows for batch in scan) == 2
+
+
+def test_a_call_that_makes_objects_gets_few_large_rows() -> None:
+    dictionary = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int8()), pa.array(["x" * 2 * BYTES_AT_ONCE]))
+    for num_bytes, expected in ((BYTES_AT_ONCE // 3, 2), (2 * BYTES_AT_ONCE, 1)):
+        table = pa.table({"text": ["x" * num_bytes] * 100, "kind": dictionary})
+        assert objects_at_once(table) == objects_at_once(table["text"]) == expected
+        assert objects_at_once(table.slice(0, 0)) == 1
+        small = table.select(["kind"])
+        assert objects_at_once(small) >= 100
+        rows = payloads_of(table, BlockRef(offset=0, length=0, first_row=0, rows=100), np.array([0, 1, 99]), Path())
+        assert [len(row["text"]) for row in rows] == [num_bytes] * 3

@@ -10,6 +10,7 @@ import pytest
 
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
+from mixtera_hpc.formats.batching import json_row_decoder
 from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
 
 ROW_BYTES = 12
@@ -114,6 +115,25 @@ def test_rows_that_are_decoded_together_equal_rows_alone() -> None:
     assert decoder.payloads(ROWS) == [{"text": "a"}, {"text": "b", "n": [1]}, {"text": "c"}]
     large = [*ROWS, b'{"text": "d", "n": 1e999}']
     assert decoder.payloads(large)[3] == {"text": "d", "n": float("inf")}
+
+
+def test_a_call_gets_few_large_rows_and_rows_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_row_decoder, "JOINED_BYTES", 100)
+    decode_list = json_row_decoder._decode_list
+    calls: list[int] = []
+
+    def recorded(decoder: Any, rows: Sequence[bytes | memoryview]) -> Any:
+        calls.append(len(rows))
+        return decode_list(decoder, rows)
+
+    monkeypatch.setattr(json_row_decoder, "_decode_list", recorded)
+    texts = ["a" * size for size in (10, 30, 20, 200, 1, 1, 40, 1)]
+    rows = [f'{{"text": "{text}"}}'.encode() for text in texts]
+    decoder = JsonRowDecoder("text", b"\n")
+    assert decoder.documents(rows) == texts
+    assert decoder.payloads(rows) == [{"text": text} for text in texts]
+    # Rows of 22 + 42 + 32 bytes, 212, and 13 + 13 + 52 + 13.
+    assert calls == [3, 1, 4] * 2
 
 
 @pytest.mark.parametrize(

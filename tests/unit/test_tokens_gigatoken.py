@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.tokenizers import DOCUMENTS
+from mixtera_hpc.tokens import gigatoken_encode
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import EncodingSettings, GigatokenTokenizer, HuggingFaceTokenizer, load_tokenizer
 
@@ -206,7 +207,12 @@ def _changed(content: Content, changes: Mapping[str, Any]) -> Content:
     [*(("byte level", name) for name in BYTE_LEVEL), *(("byte fallback", name) for name in BYTE_FALLBACK)],
 )
 def test_a_tokenizer_gives_the_ids_of_tokenizers_or_is_refused(
-    kind: str, name: str, allowed: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    name: str,
+    allowed: Any,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = byte_level(tmp_path_factory.getbasetemp()) if kind == "byte level" else byte_fallback()
     library, changes = (BYTE_LEVEL if kind == "byte level" else BYTE_FALLBACK)[name]
@@ -225,6 +231,9 @@ def test_a_tokenizer_gives_the_ids_of_tokenizers_or_is_refused(
     reference.encode_special_tokens = allowed == "text"
     expected = [reference.encode(text, add_special_tokens=False).ids for text in texts()]
     for _ in range(2):
+        assert [tokens.tolist() for tokens in tokenizer.encode_each(texts())] == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(gigatoken_encode, "LONG_TEXT", 0)
         assert [tokens.tolist() for tokens in tokenizer.encode_each(texts())] == expected
     tokens, offsets = tokenizer.encode_batch(texts())
     assert [tokens[i:j].tolist() for i, j in itertools.pairwise(offsets)] == expected

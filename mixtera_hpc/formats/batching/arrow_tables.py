@@ -19,12 +19,24 @@ from mixtera_hpc.formats.batching.row_paths import check_path_forms, path_forms
 from mixtera_hpc.formats.category_codes import Categories, encode_categories
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, unreadable_error
 
-__all__ = ["TableBatcher", "column_at", "first_key", "payloads_of", "rows_of", "texts_of", "type_at", "without_views"]
+__all__ = [
+    "TableBatcher",
+    "column_at",
+    "first_key",
+    "objects_at_once",
+    "payloads_of",
+    "rows_of",
+    "texts_of",
+    "type_at",
+    "without_views",
+]
 
 ROWS_AT_ONCE = 64
 TEXTS_AT_ONCE = 256
-"""Rows and texts that one call of Arrow converts to Python objects. The call holds the interpreter's lock. For a row
-group of 100,000 rows, the trainer's thread would wait a tenth of a second."""
+"""Most rows and texts that one call of Arrow converts to Python objects. The call holds the interpreter's lock. For a
+row group of 100,000 rows, the trainer's thread would wait a tenth of a second."""
+BYTES_AT_ONCE = 1 << 19
+"""About the most bytes that one call converts, if it converts several values. It takes about 0.2 ms."""
 
 # Types without views; the large ones have 64-bit offsets, so that any column can be converted.
 _PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
@@ -151,11 +163,20 @@ def _to_texts(text: Any) -> list[str]:
 
 
 def _to_objects(values: Any, at_once: int) -> list[Any]:
-    """Return the values of a column or the rows of a table, converting `at_once` of them in a call."""
+    """Return the values of a column or the rows of a table, converting `at_once` or fewer of them in a call."""
+    at_once = min(at_once, objects_at_once(values))
     objects: list[Any] = []
     for first in range(0, len(values), at_once):
         objects += values.slice(first, at_once).to_pylist()
     return objects
+
+
+def objects_at_once(values: Any) -> int:
+    """Return how many values of a column, or rows of a table, have about `BYTES_AT_ONCE`; at least 1."""
+    columns = values.columns if isinstance(values, pa.Table | pa.RecordBatch) else [values]
+    # Rows share the values of a dictionary.
+    num_bytes: int = sum(column.nbytes for column in columns if not pa.types.is_dictionary(column.type))
+    return max(BYTES_AT_ONCE * len(values) // max(num_bytes, 1), 1)
 
 
 def _to_texts_one_by_one(text: Any) -> tuple[list[str], list[tuple[int, str]]]:

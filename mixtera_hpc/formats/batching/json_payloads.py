@@ -1,4 +1,8 @@
-"""Decode whole rows of JSON, as a trainer or a parser gets them."""
+"""Decode whole rows of JSON, as a trainer or a parser gets them.
+
+Another thread can get the interpreter's lock after each row: rows are decoded in a loop of Python, because `map` and
+`list` would hold the lock for all of them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +27,6 @@ def decode_payload(row: bytes | memoryview) -> Any:
 def decode_payloads(rows: Sequence[bytes | memoryview]) -> list[Any]:
     """Decode several rows; see `decode_payload`."""
     try:
-        return list(map(_DECODER.decode, rows))
+        return [_DECODER.decode(row) for row in rows]
     except msgspec.ValidationError:
         return list(map(decode_payload, rows))

@@ -171,4 +171,5 @@ def _unpack_documents(text: str | None) -> Unpack:
     """Return the function that returns the texts of lines."""
     row_type = RowType(ScanSpec(text=text))
     decode = msgspec.json.Decoder(row_type.struct).decode
-    return lambda lines: row_type.documents(list(map(decode, lines)))
+    # A loop, so that another thread can get the interpreter's lock after each row.
+    return lambda lines: row_type.documents([decode(line) for line in lines])

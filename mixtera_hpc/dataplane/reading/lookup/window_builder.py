@@ -19,8 +19,8 @@ from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 __all__ = ["build_windows"]
 
 Ints = NDArray[np.int64]
-SAMPLES_AT_ONCE = 1 << 19
-"""Samples of the blocks of windows that are built together. No call holds the interpreter's lock for more than 1 ms."""
+SAMPLES_AT_ONCE = 1 << 17
+"""Samples of the blocks of windows that are built together. A call holds the interpreter's lock for at most 0.5 ms."""
 
 
 def build_windows(

@@ -56,7 +56,9 @@ def packed(rows: Sequence[Any]) -> PackedRows:
 
 
 def _unpickled(values: Sequence[bytes]) -> list[Any]:
-    return list(map(pickle.loads, values))  # Made by `packed`, in this process.
+    unpickle = pickle.loads  # Of pickles that `packed` has made in this process.
+    # A loop, so that another thread can get the interpreter's lock after each row.
+    return [unpickle(value) for value in values]
 
 
 def num_bytes(value: Any) -> int:
