@@ -33,6 +33,7 @@ __all__ = [
     "BlockRef",
     "Column",
     "Format",
+    "GroupReader",
     "ParserSpec",
     "PropertyField",
     "RangeReader",
@@ -239,6 +240,15 @@ class RangeReader(Protocol):
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the whole rows as dicts. Arguments and errors as for `documents_at`."""
+        ...
+
+
+@runtime_checkable
+class GroupReader(Protocol):
+    """An additional method of a `ShardReader` whose blocks may have many rows, which are not made all at once."""
+
+    def payload_groups(self, block: BlockRef, rows: NDArray[np.int64]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the named rows of a block as dicts, in groups that take less than 1 ms. Errors as for `payloads`."""
         ...
 
 

@@ -4,6 +4,8 @@ Dotted paths lead into struct columns; `row_paths` has their meaning. Arrow's ob
 pyarrow ships no type information.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,14 @@ def _to_texts(text: Any) -> list[str]:
 
 def _to_objects(values: Any, at_once: int) -> list[Any]:
     """Return the values of a column or the rows of a table, converting `at_once` or fewer of them in a call."""
+    return list(chain.from_iterable(_objects(values, at_once)))
+
+
+def _objects(values: Any, at_once: int) -> Iterator[list[Any]]:
+    """Yield the values of a column or the rows of a table, up to `at_once` in a list."""
     at_once = min(at_once, objects_at_once(values))
-    objects: list[Any] = []
     for first in range(0, len(values), at_once):
-        objects += values.slice(first, at_once).to_pylist()
-    return objects
+        yield values.slice(first, at_once).to_pylist()
 
 
 def objects_at_once(values: Any) -> int:
@@ -275,15 +280,15 @@ def _is_valid(column: Any) -> bool:
     return True
 
 
-def payloads_of(table: Any, block: BlockRef, rows: NDArray[Any], path: Path) -> list[dict[str, Any]]:
-    """Return the named rows of a block, which `table` holds, as dicts.
+def payloads_of(table: Any, block: BlockRef, rows: NDArray[Any], path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the named rows of a block, which `table` holds, as dicts, in groups of up to `ROWS_AT_ONCE`.
 
     Raises:
         DataError: a text in one of them is not valid UTF-8.
     """
     chosen = table.take(pa.array(rows))
     try:
-        payloads: list[dict[str, Any]] = _to_objects(chosen, ROWS_AT_ONCE)
+        yield from _objects(chosen, ROWS_AT_ONCE)
     except _VALUE_ERRORS as error:
         bad = [int(row) for i, row in enumerate(rows) if _undecodable_rows(chosen.slice(i, 1))]
         place = f"row {block.first_row + bad[0]}" if bad else "a row"
@@ -292,7 +297,6 @@ def payloads_of(table: Any, block: BlockRef, rows: NDArray[Any], path: Path) -> 
             "names only if it is told that whole rows will be served.\n"
             "  Build the index again with mixture.unit=samples; data.on_bad_sample=skip leaves such rows out."
         ) from None
-    return payloads
 
 
 def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,10 @@ class ArrowReader:
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
+        return list(chain.from_iterable(self.payload_groups(block, rows)))
+
+    def payload_groups(self, block: BlockRef, rows: NDArray[Any]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the named rows as dicts; see `GroupReader`."""
         # Most runs need texts only, so the second mapping is made on demand.
         with self._lock:
             if self._whole_batches is None:

@@ -8,6 +8,7 @@ import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,10 @@ class ParquetReader:
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
+        return list(chain.from_iterable(self.payload_groups(block, rows)))
+
+    def payload_groups(self, block: BlockRef, rows: NDArray[Any]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the named rows as dicts; see `GroupReader`."""
         return payloads_of(self._table(block, None), block, rows, self._path)
 
     def close(self) -> None:

@@ -8,7 +8,8 @@ few large values, such as images, stay objects: there are not many of them. Pric
 import gc
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,19 +41,45 @@ PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
 """Decodes a block and returns the rows at these ascending positions, as they stay in memory."""
 
 
-def packed(rows: Sequence[Any]) -> PackedRows:
-    """Return decoded rows as they stay in memory: as pickles, if the garbage collector would visit them."""
+def packed(groups: Iterable[Sequence[Any]]) -> PackedRows:
+    """Return decoded rows as they stay in memory: as pickles, if the garbage collector would visit them.
+
+    Args:
+        groups: the rows. The objects of at most two groups exist at a time: to free those of many rows at once would
+            hold the interpreter's lock.
+    """
+    values: list[Any] = []
+    is_pickled = False
+    groups = iter(groups)
+    for rows in groups:
+        try:
+            if not is_pickled and not _should_be_pickled(rows):
+                values += rows
+                continue
+            pickles = _pickled(rows)
+            if not is_pickled:
+                # The rows before the first ones with nested values, too.
+                values = _pickled(values)
+                is_pickled = True
+            values += pickles
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
+            # A value has no pickle: for example a calendar interval of Arrow, or hundreds of lists inside each other.
+            earlier = _unpickled(values) if is_pickled else values
+            return PackedRows([*earlier, *rows, *chain.from_iterable(groups)], None)
+    return PackedRows(values, _unpickled if is_pickled else None)
+
+
+def _should_be_pickled(rows: Sequence[Any]) -> bool:
+    """Return True if the garbage collector visits the rows, and their values are not large."""
     # It does not visit texts. Most versions of Python also leave out dictionaries of texts and numbers.
     if not any(map(gc.is_tracked, rows)):
-        return PackedRows(rows, None)
-    try:
-        sampled = rows[:: len(rows) // NUM_SAMPLED + 1]
-        if sum(map(num_bytes, sampled)) > LARGE_VALUE_BYTES * sum(map(_num_values, sampled)):
-            return PackedRows(rows, None)
-        return PackedRows([pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows], _unpickled)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
-        # A value has no pickle: for example a calendar interval of Arrow, or hundreds of lists inside each other.
-        return PackedRows(rows, None)
+        return False
+    sampled = rows[:: len(rows) // NUM_SAMPLED + 1]
+    return sum(map(num_bytes, sampled)) <= LARGE_VALUE_BYTES * sum(map(_num_values, sampled))
+
+
+def _pickled(rows: Sequence[Any]) -> list[bytes]:
+    return [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in rows]
 
 
 def _unpickled(values: Sequence[bytes]) -> list[Any]:

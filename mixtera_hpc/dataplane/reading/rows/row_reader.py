@@ -27,7 +27,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
-from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, ShardReader, TokenReader
+from mixtera_hpc.formats.base import BlockRef, GroupReader, RangeReader, RowDecoder, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
@@ -298,7 +298,9 @@ class RowReader:
         block, reader = self._enter_block(number)
         if isinstance(reader, CompressedJsonlReader):
             return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
-        return packed(self._decode_block(raw, number, rows))
+        if raw and isinstance(reader, GroupReader):
+            return packed(reader.payload_groups(block, rows))
+        return packed([self._decode_block(raw, number, rows)])
 
     def _enter_block(self, number: int) -> tuple[BlockRef, ShardReader]:
         """Record that a block is read, and return it with the reader of its shard."""
