@@ -1,9 +1,9 @@
 /* Measure for how much CPU time a thread holds the interpreter's lock. Preloaded by bench/lock_holds.py.
 
-CPython (3.11 to 3.13) signals one condition variable when a thread takes the lock and another one when it gives the lock
-up. Between these two, a thread gives the lock up only where the interpreter looks for requests of other threads: at the
-beginning of functions, after calls, and at the end of the body of a loop. It runs pending calls at the same places, so
-a pending call that adds itself again marks all of them. */
+CPython (tried with 3.11) signals one condition variable when a thread takes the lock and another one when it gives the
+lock up. Between these two, a thread gives the lock up only where the interpreter looks for requests of other threads:
+at the beginning of functions, after calls, and at the end of the body of a loop. It runs pending calls at the same
+places, so a pending call that adds itself again marks all of them. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
