@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
     BlockRef,
+    GroupReader,
     RangeReader,
     RowBatch,
     ScanSpec,
@@ -160,6 +161,9 @@ def check_payloads_read_back(case: FormatCase, folder: Path) -> None:
             expected = payloads[block.first_row : block.first_row + block.rows][::2]
             got = reader.payloads(block, lengths, np.arange(0, block.rows, 2))
             _same(_without_arrays(got), _without_arrays(expected), "payloads")
+            if isinstance(reader, GroupReader):
+                groups = reader.payload_groups(block, np.arange(0, block.rows, 2))
+                _same([row for rows in groups for row in rows], got, "payloads in groups")
         reader.close()
 
 
