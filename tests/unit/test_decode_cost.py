@@ -147,9 +147,10 @@ def test_domains_at_different_speeds_decode_for_themselves(overrides: list[str],
     assert actual <= cost.amplification <= 1.5 * actual
 
 
-def test_a_run_is_refused_and_the_memory_that_it_lacks_is_named(overrides: list[str]) -> None:
-    words = [*overrides, "data.cache_bytes=20_000", "data.max_amplification=2"]
-    with pytest.raises(ConfigError, match=r"data\.cache_bytes=20000 per node is too small: set") as refused:
+@pytest.mark.parametrize("num_bytes", [20_000, 0])
+def test_a_run_is_refused_and_the_memory_that_it_lacks_is_named(num_bytes: int, overrides: list[str]) -> None:
+    words = [*overrides, f"data.cache_bytes={num_bytes}", "data.max_amplification=2"]
+    with pytest.raises(ConfigError, match=rf"data\.cache_bytes={num_bytes} per node is too small: set") as refused:
         DataPlane.open(compose(words))
     needed = int(re.search(r"set data\.cache_bytes=(\d+)", str(refused.value))[1])
     with DataPlane.open(compose([*overrides, f"data.cache_bytes={needed}", "data.max_amplification=2"])) as plane:
