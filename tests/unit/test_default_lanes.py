@@ -297,3 +297,9 @@ def test_every_attempt_is_traced_with_its_own_number(words: list[str], tmp_path:
     attempts = History(folder.journal).attempts
     assert [sources.of(attempt).lanes.lanes for attempt in attempts] == [RECORDED, 7]
     assert main(["trace", str(folder.path), "--verify"]) == 0
+
+
+def test_reading_processes_take_the_number_of_the_state(words: list[str]) -> None:
+    state = begun(words)
+    expected, _ = own_loop(words, [f"dataplane.lanes={RECORDED}"], 4, state)
+    assert own_loop(words, ["dataplane.workers=1"], 4, state)[0] == expected
