@@ -78,6 +78,16 @@ def test_windows_of_compressed_data_fit_into_the_memory_of_a_node(
     assert open_source(compose(words), Local()).lanes.lanes == lanes
 
 
+def test_plan_says_why_compressed_data_have_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*compressed(tmp_path, "never"), LARGE_BATCH]
+    monkeypatch.setattr(lane_count, "MAX_WINDOW_BYTES", 1)
+    assert main(["plan", *words, "plan.steps=1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Lanes: 16, the default for global batches of 8,192, and not 256, because windows of compressed data" in text
+
+
 def test_stores_do_not_change_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = compose([*compressed(tmp_path, "never"), LARGE_BATCH])
     stored = compose([*compressed(tmp_path, "always"), LARGE_BATCH])

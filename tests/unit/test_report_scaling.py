@@ -107,6 +107,17 @@ def test_a_batch_that_grows_with_the_nodes_may_differ(make_run: RunMaker) -> Non
         scaling_table([load_run_metrics(run) for run in runs])
 
 
+def test_the_default_number_of_lanes_of_an_earlier_release_may_differ(make_run: RunMaker) -> None:
+    runs = [
+        set_keys(make_run(["en"], [(0, 8)], num_ranks=n), job__nodes=n, dataplane__lanes=lanes)
+        for n, lanes in ((1, 16), (2, None))
+    ]
+    assert len(scaling_table([load_run_metrics(run) for run in runs])) == 2
+    set_keys(runs[0], dataplane__lanes=64)
+    with pytest.raises(ConfigError, match=r"dataplane\.lanes: 64"):
+        scaling_table([load_run_metrics(run) for run in runs])
+
+
 def test_runs_of_other_code_are_named(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(["en"], [(0, 8)], num_ranks=n, run_id=f"r{n}") for n in (1, 2)]
     for run, commit in zip(runs, ("a" * 40, "b" * 40), strict=True):

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import msgspec
 
-__all__ = ["FirstIdentity", "read_first_identity"]
+__all__ = ["EARLIER_LANES", "FirstIdentity", "read_first_identity"]
+
+EARLIER_LANES = 16
+"""The default of `dataplane.lanes` in releases in which it was a number, which their runs have recorded."""
 
 
 class FirstIdentity(msgspec.Struct):

@@ -16,6 +16,7 @@ from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.composition.sweep_points import expand, swept_keys
 from mixtera_hpc.config.convert import from_plain, to_plain
+from mixtera_hpc.config.files.journal_start import EARLIER_LANES
 from mixtera_hpc.config.job_shape import SCALE_KEYS, parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -29,9 +30,6 @@ __all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
 """The config groups whose values identify a point."""
-
-EARLIER_LANES = 16
-"""The default of `dataplane.lanes` in releases in which it was a number. Their runs keep it."""
 
 Action = Literal["new", "continue", "finished", "active"]
 """Action of submitting the sweep for a point: `continue` resumes its run; a finished or active point is skipped."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixtera_hpc.config.convert import leaves
+from mixtera_hpc.config.files.journal_start import EARLIER_LANES
 from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.job_shape import SCALE_KEYS
 from mixtera_hpc.config.run_folder import RunFolder
@@ -51,6 +52,9 @@ def check_comparable(runs: Sequence[RunMetrics]) -> None:
     different = {key: values for key, values in different.items() if any(value != values[0] for value in values)}
     if "dataplane.global_batch_size" in different and _is_batch_per_node(runs, settings):
         del different["dataplane.global_batch_size"]
+    # The default, as runs of this and of earlier releases record it.
+    if {None, EARLIER_LANES}.issuperset(different.get("dataplane.lanes", [])):
+        different.pop("dataplane.lanes", None)
     if not different:
         return
     named = [f"\n  - {key}: {_values_text(runs, values)}" for key, values in list(different.items())[:MAX_NAMED]]
