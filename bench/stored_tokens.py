@@ -44,6 +44,10 @@ LOG_SIGMA = 0.8
 VOCAB_SIZE = 50_000
 SEQ_LEN = 2048
 BATCH = 64
+LARGE_BATCH = 256
+"""Sequences per step; the larger ones with `shuffle=sequence` only."""
+SETTLE_S = 0.05
+"""After a round, a reading thread fills its queue. The round has the CPU time of that, and began with a full queue."""
 STEPS_PER_ROUND = 100
 MEGATRON_SEQUENCES = 640
 """Sequences per round; Megatron-core is slower, and needs no more for the same precision."""
@@ -66,13 +70,14 @@ def main() -> None:
         )
         if other in medians
     ]
-    copies = ("M tokens/s", "the same contiguous copies, mask and ids", medians["copies"] / 1e6, 0.5)
-    lines.append(ratio("shuffle=sequence", medians["sequences"] / 1e6, *copies))
+    for batch in (BATCH, LARGE_BATCH):
+        copies = ("M tokens/s", "the same contiguous copies, mask and ids", medians[f"copies, {batch}"] / 1e6, 0.5)
+        lines.append(ratio(f"shuffle=sequence, {batch} per step", medians[f"sequences, {batch}"] / 1e6, *copies))
     for line in lines:
         print_line(line)
     for name, values in rates.items():
         sequence_us = SEQ_LEN / statistics.median(values) * 1e6
-        print(f"{name:12} {sequence_us:.1f} µs per sequence; {', '.join(f'{v / 1e6:.1f}' for v in values)} M tokens/s")
+        print(f"{name:14} {sequence_us:.1f} µs per sequence; {', '.join(f'{v / 1e6:.1f}' for v in values)} M tokens/s")
     write_results("stored_tokens", {"rates": rates, "lines": [asdict(line) for line in lines]})
 
 
@@ -85,15 +90,18 @@ def measure(scratch: Path) -> dict[str, list[float]]:
         works[f"{shards} shards"] = Served(config)
         if shards == SHARDS[0]:
             works["gather"] = Gather(config)
-            sequences = replace(config, dataplane=replace(config.dataplane, shuffle="sequence"))
             works["best_fit"] = Served(replace(config, dataplane=replace(config.dataplane, pack="best_fit")))
-            works["sequences"] = Served(sequences)
-            works["copies"] = Copies(sequences)
+            for batch in (BATCH, LARGE_BATCH):
+                plane = replace(config.dataplane, shuffle="sequence", global_batch_size=batch)
+                sequences = replace(config, dataplane=plane)
+                works[f"sequences, {batch}"] = Served(sequences)
+                works[f"copies, {batch}"] = Copies(sequences)
             add_megatron(works, Path(config.data.root))
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _, (name, work) in itertools.product(range(ROUNDS), works.items()):
         began_s = time.process_time()
         tokens = work()
+        time.sleep(SETTLE_S)
         rates[name].append(tokens / (time.process_time() - began_s))
     return rates
 
@@ -159,6 +167,7 @@ class Gather:
 
     def __init__(self, config: Config) -> None:
         source = open_source(config, Local())
+        self._batch = config.dataplane.global_batch_size
         root = Path(source.index.data_root)
         shards = [np.fromfile(root / path, np.uint16) for path in source.index.shard_paths]
         sizes = np.array([len(ids) for ids in shards])
@@ -173,7 +182,7 @@ class Gather:
         before = np.cumsum(lengths) - lengths
         place = np.repeat(starts - before, lengths)
         place += np.arange(len(place))
-        shape = (BATCH, SEQ_LEN + 1)
+        shape = (self._batch, SEQ_LEN + 1)
         tokens = self._ids[place].astype(np.int64).reshape(shape)
         document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths).reshape(shape)
         mask = np.ones(len(place), np.bool_)
@@ -189,7 +198,7 @@ class Copies(Gather):
         length = SEQ_LEN + 1
         before = np.cumsum(lengths) - lengths
         firsts = np.minimum(starts[before % length == 0], len(self._ids) - length)
-        tokens = np.empty((BATCH, length), np.int64)
+        tokens = np.empty((self._batch, length), np.int64)
         for row, first in enumerate(firsts.tolist()):
             tokens[row] = self._ids[first : first + length]
         document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths).reshape(tokens.shape)
@@ -202,15 +211,16 @@ class Copies(Gather):
 def _places(source: Source, shard_starts: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
     """Yield for the steps of a round: place and length of every piece of a document, and whether it begins one."""
     streams = source.streams()
+    batch = source.config.dataplane.global_batch_size
     state = PlannerState.start(source.num_domains)
     num_steps = 0
     while num_steps < STEPS_PER_ROUND:
         plan, state = source.planner.plan(state, source.weights)
         slots = slots_of_plan(source, plan)
         sequences = source.lanes.sequence(slots.domain, slots.ordinal)
-        for first in range(0, plan.num_steps * BATCH, BATCH):
+        for first in range(0, plan.num_steps * batch, batch):
             pieces = []
-            for slot in range(first, first + BATCH):
+            for slot in range(first, first + batch):
                 domain = int(slots.domain[slot])
                 start, stop = source.span(domain, int(sequences[slot]), 1)
                 documents = streams.documents(domain, start, stop)

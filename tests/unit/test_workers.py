@@ -21,6 +21,7 @@ from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource, with_samples
+from mixtera_hpc.dataplane.reading.processes import workers as workers_module
 from mixtera_hpc.dataplane.reading.processes.block_memory import BlockMemory
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.workers import Workers, default_workers
@@ -95,6 +96,16 @@ def test_every_worker_gets_a_request_of_the_last_chunk(collection: list[str]) ->
     assert [len(steps) for steps, _ in workers._requests] == [0, 1, 1]
     assert len(list(workers.batches(plan, 6))) == 1
     assert [len(steps) for steps, _ in workers._requests] == [1]
+    workers.close()
+
+
+def test_a_request_has_few_batches_in_shared_memory(collection: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read of stored tokens may be larger."""
+    monkeypatch.setattr(workers_module, "MAX_TOKENS_PER_REQUEST", 2 * 4 * 33)
+    source, plan = opened(collection)
+    workers = Workers(source, SHARE, 1)
+    assert [len(steps) for steps in workers._step_ranges(plan, 0)] == [2, 2, 2, 1]
+    assert [batch.step for batch in workers.batches(plan, 0)] == list(range(7))
     workers.close()
 
 

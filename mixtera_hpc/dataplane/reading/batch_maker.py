@@ -43,9 +43,10 @@ from mixtera_hpc.errors import MixteraError
 __all__ = ["BatchMaker", "is_last_chunk", "items_per_read", "steps_per_read", "training_steps_of"]
 
 TOKENS_PER_READ = 1 << 19
-STORED_TOKENS_PER_READ = 1 << 20
+STORED_TOKENS_PER_READ = 1 << 22
 SAMPLE_BYTES_PER_READ = 4 << 20
-"""Target sizes of what is read together: few calls, but each read takes only milliseconds."""
+"""Target sizes of what is read together: few calls, but each read takes only milliseconds. Of stored tokens, a read
+finds the places, and they are copied batch by batch."""
 TOKENS_PER_WRITE = 1 << 18
 """Target size of the batches that are written together. They take 3.4 MB, so that the memory of batches that the
 trainer has freed is written again while it is in the processor's cache."""

@@ -42,6 +42,8 @@ __all__ = ["Workers", "default_workers", "open_batch_source"]
 PROGRAM = "mixtera_hpc.dataplane.reading.processes.worker_program"
 RANGES_AHEAD = 2
 """Step ranges that each process has been given and not returned."""
+MAX_TOKENS_PER_REQUEST = 1 << 20
+"""Largest size of a range of several steps, whose batches are in shared memory all at the same time."""
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
 CURES: dict[int, str] = {
@@ -120,6 +122,8 @@ class Workers:
         self._source = source
         self._slice = batch_slice
         self._items_per_read = items_per_read(source)
+        if source.layout.in_tokens:
+            self._items_per_read = min(self._items_per_read, MAX_TOKENS_PER_REQUEST)
         size = self._range_size(count, source.config.dataplane.chunk_steps)
         self._shape = _memory_shape(source, batch_slice, size) if source.layout.in_tokens else None
         shared = (source.table_memory, source.block_memory, source.window_memory, source.shard_stamps)
