@@ -202,7 +202,8 @@ def _nested(columns: Callable[[int], dict[str, object]], name: str, group_rows: 
 
     def write(folder: Path) -> None:
         for number in range(4):
-            rows = [columns(row) for row in range(number * 2000, number * 2000 + 2000)]
+            first = number * 2 * group_rows
+            rows = [columns(row) for row in range(first, first + 2 * group_rows)]
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{number}.parquet", row_group_size=group_rows)
 
     return _indexed(make_once(FOLDER / name, write), ["data.text=null", "mixture.unit=samples"])
