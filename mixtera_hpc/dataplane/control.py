@@ -19,6 +19,7 @@ from typing import Any
 
 from mixtera_hpc.config.files.file_trust import is_trusted_request
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.errors import ConfigError
 
 __all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]
 
@@ -47,6 +48,7 @@ class RunControl:
             run: the run's folder; None for a run without one.
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
         """
+        self._pid = os.getpid()
         # Joined once, because every step looks for these files, and joining a path takes longer than that.
         self._stop_file = run.stop_request if run is not None else None
         self._save_file = run.save_request if run is not None and watch_files else None
@@ -67,6 +69,21 @@ class RunControl:
             # A signal that was blocked and is pending arrives now, at our handler.
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._blocked_before = {signal.Signals(number) for number in mask}
+
+    def check_process(self) -> None:
+        """Refuse a process that was forked from this one.
+
+        It has no reading threads and shares the pipes: it would wait for ever, or serve the same batches again.
+
+        Raises:
+            ConfigError: this is another process.
+        """
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"The data plane was opened in process {self._pid}, and process {os.getpid()} was forked from it.\n"
+                "  Iterate it in the process that opens it: set num_workers=0 in a DataLoader. To read in several "
+                "processes, set dataplane.workers."
+            )
 
     def poll(self) -> tuple[bool, bool]:
         """Return whether a stop was ever requested, and whether a save was requested since the last call."""

@@ -59,12 +59,12 @@ def start_session(resources: PlaneResources, state: PlaneState | None) -> "Sessi
         state: on rank 0 the state to resume from, or None to begin the run; None on the other ranks.
 
     Raises:
-        ConfigError: the state belongs to a run with other settings.
+        ConfigError: the state belongs to a run with other settings, or this process was forked.
     """
-    own: ResumePoint | None = None
-    if resources.comm.rank == 0:
-        own = find_resume_point(resources.source, state, resources.recorder.run_edits())
-    start = share_resume_point(resources.comm, own, resources.source.num_domains)
+    resources.control.check_process()
+    comm = resources.comm
+    own = find_resume_point(resources.source, state, resources.recorder.run_edits()) if comm.rank == 0 else None
+    start = share_resume_point(comm, own, resources.source.num_domains)
     return Session(resources, start, state)
 
 
@@ -86,8 +86,7 @@ class Session:
         self.ledger = StepLedger.at_resume(source.stream_version, source.planner.chunk_steps, start, num_fed)
         # Only rank 0 computes weights; the others receive plans.
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
-        is_root = self._comm.rank == 0
-        self._mixture = MixtureFeed(source, self.ledger, state, decisions, learn=is_root)
+        self._mixture = MixtureFeed(source, self.ledger, state, decisions, learn=self._comm.rank == 0)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         parts = resources.parts
         losses_of = (parts, self._recorder.loss_log, plane.scalars)
@@ -142,6 +141,7 @@ class Session:
         Raises:
             ValueError: the trainer holds too many batches that are not finished.
         """
+        self._control.check_process()
         if self.is_interrupted and self.is_stopping:
             return None
         self.is_interrupted = False

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
@@ -305,3 +306,22 @@ def test_the_first_weights_are_computed_once(config: Config, monkeypatch: pytest
     assert source.weights is weights and weights.sum() == pytest.approx(1)
     with pytest.raises(ValueError, match="read-only"):
         weights[0] = 1
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_forked_process_is_refused(has_begun: bool, config: Config) -> None:
+    """As in a worker process of a DataLoader: it has no reading thread, so it would wait for ever."""
+    with DataPlane.open(config, comm=Local()) as plane:
+        batches = iter(plane)
+        if has_begun:
+            next(batches)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                next(batches)
+            except ConfigError as error:
+                os._exit(7 if "was forked from it" in str(error) else 1)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert next(batches).step == int(has_begun)
