@@ -274,11 +274,15 @@ class DataPlane:
         Raises:
             MixtureError: less than one global batch is held out.
         """
-        # Their order depends on the number of lanes, too.
-        self._resources = own = replace(self._resources, has_fixed_lanes=True)
-        folder = folder or own.folder
+        # The order of held-out samples depends on the number of lanes. A state that is loaded later must have it, too.
+        self._resources = resources = replace(self._resources, has_fixed_lanes=True)
         return HeldOutBatches(
-            self.config, own.comm, own.batch_slice, folder=folder, parts=own.parts, log=self._take_held_out
+            self.config,
+            resources.comm,
+            resources.batch_slice,
+            folder=folder or resources.folder,
+            parts=resources.parts,
+            log=self._take_held_out,
         )
 
     def stop_requested(self) -> bool:
@@ -344,9 +348,9 @@ class DataPlane:
             state = None
         elif not state:
             raise ValueError("load_state_dict() got no state on rank 0. To begin a run, do not call it.")
-        own = PlaneState.from_state_dict(state) if state else None
-        self._resources = with_recorded_lanes(self._resources, own)
-        self._session = start_session(self._resources, own)
+        saved = PlaneState.from_state_dict(state) if state else None
+        self._resources = with_recorded_lanes(self._resources, saved)
+        self._session = start_session(self._resources, saved)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the reading thread and free everything. **Collective.**

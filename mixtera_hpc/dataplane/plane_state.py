@@ -183,8 +183,8 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
             advice.append("Drops are recorded in the run: open the data plane with the folder of the run.")
         if "lanes" in refused:
             advice.append(
-                f"Set dataplane.lanes={before.get('lanes')}. Without dataplane.lanes, a state that is loaded before "
-                "held_out() decides."
+                f"Set dataplane.lanes={before.get('lanes')}. Or leave dataplane.lanes out, and load the state before "
+                "held_out() is called."
             )
         if refused != ["index"]:
             advice.append("mixtera-hpc resume --help lists what can be changed in a run.")

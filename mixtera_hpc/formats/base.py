@@ -245,7 +245,7 @@ class RangeReader(Protocol):
 
 @runtime_checkable
 class GroupReader(Protocol):
-    """An additional method of a `ShardReader` whose blocks may have many rows, which are not made all at once."""
+    """An additional method of a `ShardReader` whose blocks may have too many rows to make their dicts in one call."""
 
     def payload_groups(self, block: BlockRef, rows: NDArray[np.int64]) -> Iterator[list[dict[str, Any]]]:
         """Yield the named rows of a block as dicts, in groups that take less than 1 ms. Errors as for `payloads`."""

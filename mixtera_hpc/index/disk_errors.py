@@ -10,11 +10,12 @@ from mixtera_hpc.errors import MixteraError
 __all__ = ["explain_disk_errors"]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""The disk is full, over quota, does not take files of this size, or is read-only."""
 
 
 @contextmanager
 def explain_disk_errors(kind: type[MixteraError], problem: str, cure: str) -> Iterator[None]:
-    """Raise an error of `kind` if the disk is full or read-only.
+    """Raise an error of `kind` instead of one of `DISK_ERRORS`.
 
     Args:
         kind: the type of the error.

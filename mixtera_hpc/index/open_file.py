@@ -19,7 +19,7 @@ __all__ = ["DAMAGE", "damaged", "explain_locks", "open_file"]
 
 DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
-_NOT_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of the system that say nothing about the content of a file."""
 MAX_FAILURE_LINES = 12
 MIN_TABLE_BYTES = 256 << 20
@@ -128,7 +128,7 @@ def damaged(path: Path, error: Exception) -> PropertyIndexError:
     """Return the error to raise for a file that h5py failed on; `error` is one of `DAMAGE`."""
     if problem := _lock_problem(path, error):
         return problem
-    if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+    if isinstance(error, OSError) and error.errno in _ACCESS_ERRORS:
         return PropertyIndexError(
             f"{path} cannot be opened: {os.strerror(error.errno)}. The file may be sound.\n"
             "  Let the user of the job read it, or raise the limits that are reached (ulimit -a)."

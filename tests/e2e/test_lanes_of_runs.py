@@ -43,7 +43,7 @@ def test_a_run_keeps_the_lanes_of_its_first_batch_size(
     answer("resume", folder.path, *smaller, *more)
     assert numbers_of(folder) == [32, 32]
     text = answer("plan", folder.path)
-    assert "Lanes: 32, set by dataplane.lanes, or when the run began; the default for global batches of 8 is 16" in text
+    assert "Lanes: 32, from dataplane.lanes or the start of the run; the default for global batches of 8 is 16" in text
     answer("resume", folder.path, "training.num_steps=6", "dataplane.lanes=32", "--here")
     answer("trace", folder.path, "--verify")
     assert "step 5" in answer("trace", folder.path, "--step", "5")

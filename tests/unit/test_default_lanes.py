@@ -88,6 +88,16 @@ def test_plan_says_why_compressed_data_have_fewer(
     assert "Lanes: 16, the default for global batches of 8,192, and not 256, because windows of compressed data" in text
 
 
+def test_plan_names_domains_with_fewer_sequences_than_lanes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*compressed(tmp_path, "never"), LARGE_BATCH, "plan.steps=1"]
+    assert main(["plan", *words]) == 0
+    assert "fewer sequences than lanes" not in capsys.readouterr().out
+    assert main(["plan", *words, "dataplane.lanes=1000000"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Lanes: 1,000,000, from dataplane.lanes or the start of the run; the default" in text
+    assert "An epoch of 2 of 2 domains has fewer sequences than lanes" in text
+
+
 def test_stores_do_not_change_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = compose([*compressed(tmp_path, "never"), LARGE_BATCH])
     stored = compose([*compressed(tmp_path, "always"), LARGE_BATCH])
@@ -197,7 +207,7 @@ def test_held_out_samples_have_the_number_of_the_run(words: list[str]) -> None:
     expected = held_out(compose([*words, *SERVED, f"dataplane.lanes={RECORDED}"]), True)
     assert held_out(config, False) == expected
     # They were served in another order already.
-    with pytest.raises(ConfigError, match=r"Set dataplane.lanes=5. Without dataplane.lanes, a state that is loaded"):
+    with pytest.raises(ConfigError, match=r"Set dataplane.lanes=5. Or leave dataplane.lanes out, and load the state"):
         held_out(config, True)
 
 

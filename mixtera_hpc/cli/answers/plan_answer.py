@@ -111,21 +111,28 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
 
 
 def _print_lanes(source: Source) -> None:
-    """Print the number of lanes and where it comes from."""
+    """Print the number of lanes and its default."""
     plane = source.config.dataplane
     if plane.shuffle != "window":
         return
+    lanes = source.lanes.lanes
     largest = source.planner.batch_schedule.largest
     of_batch = lanes_of_batch(plane)
     default = default_lanes(plane, source.layout, source.index.shard_formats)
     text = f"the default for global batches of {largest:,}"
-    if plane.lanes != default:
-        text = (
-            f"set by dataplane.lanes, or when the run began; the default for global batches of {largest:,} is {default}"
-        )
+    if lanes != default:
+        text = f"from dataplane.lanes or the start of the run; {text} is {default:,}"
     if default < of_batch:
-        text += f", and not {of_batch}, because windows of compressed data must fit into the memory of a node"
-    open_console().print(f"Lanes: {plane.lanes}, {text}")
+        text += f", and not {of_batch:,}, because windows of compressed data must fit into the memory of a node"
+    open_console().print(f"Lanes: {lanes:,}, {text}")
+
+    num_sequences = source.lanes.epoch_items // source.grid.stride
+    num_short = np.count_nonzero(num_sequences < lanes)
+    if num_short and lanes > default:
+        open_console().print(
+            f"An epoch of {num_short:,} of {pluralize(source.num_domains, 'domain')} has fewer sequences than lanes. "
+            "These domains are served from a single lane, and mix less. Lower dataplane.lanes."
+        )
 
 
 def _lanes_for_windows(source: Source, shape: JobShape) -> int | None:

@@ -1,4 +1,4 @@
-"""From a chunk plan to one rank's batches: which sequences, which documents, which tokens.
+"""Make one rank's batches of a chunk plan: find their sequences and documents, and read the tokens.
 
 The documents of several steps are looked up and read together, so that a document which two of their sequences share is
 read once. Their tokens are written to the batches of a few steps at a time, when these are asked for.
@@ -45,8 +45,8 @@ __all__ = ["BatchMaker", "is_last_chunk", "items_per_read", "steps_per_read", "t
 TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 22
 SAMPLE_BYTES_PER_READ = 4 << 20
-"""Target sizes of what is read together: few calls, but each read takes only milliseconds. Of stored tokens, a read
-finds the places, and they are copied batch by batch."""
+"""Target sizes of what is read together: few calls, but each read takes only milliseconds. A read of stored tokens only
+finds their places; the tokens are copied when their batch is made."""
 TOKENS_PER_WRITE = 1 << 18
 """Target size of the batches that are written together. They take 3.4 MB, so that the memory of batches that the
 trainer has freed is written again while it is in the processor's cache."""
@@ -116,8 +116,8 @@ class BatchMaker:
     def batches_of(self, plan: ChunkPlan, steps: range) -> Iterator[Batch]:
         """Yield this rank's batches of some training steps of `plan`.
 
-        Several steps are read together, but an error in the data of a step is raised at that step. Without steps, the
-        files that were read before are compared if nothing follows.
+        Several steps are read together, but an error in the data of a step is raised at that step. If there are no
+        steps and this is the last chunk, the files of earlier reads are compared with the index.
         """
         size = steps_per_read(self._source, self._slice, self._items_per_read, plan)
         self._reader.pace.every_read = self._compare_every_read or is_last_chunk(self._source, plan)

@@ -33,8 +33,6 @@ UnitRecords = dict[int, list[LogRecord]]
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 """First bytes of every HDF5 file of ours. h5py.is_hdf5 returns False for a file that it cannot lock."""
 
-"""The disk is full, over quota, does not take files of this size, or is read-only."""
-
 
 class ScanPlan(msgspec.Struct, kw_only=True):
     """Plan of what is to be scanned. Rank 0 broadcasts it."""

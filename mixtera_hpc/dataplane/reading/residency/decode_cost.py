@@ -339,6 +339,6 @@ def _decodes_for_memory(source: Source, rows_memory: float, budget: float) -> fl
     """Return how often a process decodes a block because its rows do not fit."""
     if source.layout.order.shuffle == "sequence":
         return 1.0
-    # The part of a window that stays is halved until all parts fit. In no memory, as in a byte, nothing stays.
+    # The part of a window that stays is halved until all parts fit. The memory may be 0: at least one byte is assumed.
     shortage = rows_memory / max(budget * MAX_ROW_SHARE, 1.0)
     return 2.0 ** math.ceil(math.log2(shortage)) if shortage > 1 else 1.0

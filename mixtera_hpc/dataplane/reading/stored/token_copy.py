@@ -53,7 +53,7 @@ class _EqualSegments:
     """Segments of one length without gaps, such as the sequences of `dataplane.shuffle=sequence`."""
 
     def __init__(self, memory: Tokens, begin: Ints, length: int, sizes: Sequence[int]) -> None:
-        """Use `of`."""
+        """Take segments that `of` has checked; `sizes` has the tokens of each output."""
         self._begin = begin
         self._length = length
         borders = np.cumsum([0, *sizes]) // length
