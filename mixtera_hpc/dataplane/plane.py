@@ -275,15 +275,10 @@ class DataPlane:
             MixtureError: less than one global batch is held out.
         """
         # The order of held-out samples depends on the number of lanes. A state that is loaded later must have it, too.
-        self._resources = resources = replace(self._resources, has_fixed_lanes=True)
-        return HeldOutBatches(
-            self.config,
-            resources.comm,
-            resources.batch_slice,
-            folder=folder or resources.folder,
-            parts=resources.parts,
-            log=self._take_held_out,
-        )
+        self._resources = replace(self._resources, has_fixed_lanes=True)
+        comm, batch_slice, parts = self._resources.comm, self._resources.batch_slice, self._resources.parts
+        folder = folder or self._resources.folder
+        return HeldOutBatches(self.config, comm, batch_slice, folder=folder, parts=parts, log=self._take_held_out)
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
