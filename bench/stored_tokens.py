@@ -214,7 +214,7 @@ def _places(source: Source, shard_starts: NDArray[Any]) -> Iterator[tuple[NDArra
     batch = source.config.dataplane.global_batch_size
     state = PlannerState.start(source.num_domains)
     num_steps = 0
-    while num_steps < STEPS_PER_ROUND:
+    while num_steps < ROUNDS * STEPS_PER_ROUND:
         plan, state = source.planner.plan(state, source.weights)
         slots = slots_of_plan(source, plan)
         sequences = source.lanes.sequence(slots.domain, slots.ordinal)

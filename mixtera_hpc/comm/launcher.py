@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.comm.launch_environment import Launcher, find_launcher
+from mixtera_hpc.comm.launch_environment import UNKNOWN_LAUNCHER, Launcher, find_launcher
 from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.errors import (
     LaunchError,
@@ -43,7 +43,7 @@ exited, but each of them should report why it refuses."""
 
 
 def started_by_launcher() -> bool:
-    """Return True if torchrun, mpiexec, or srun with several tasks started this process. Imports no MPI, no torch."""
+    """Return True if a launcher, but not srun with one task, started this process. Imports no MPI, no torch."""
     launcher = find_launcher()
     return launcher is not None and (launcher.name != "srun" or launcher.size != 1)
 
@@ -55,8 +55,8 @@ def open_communicator(kind: str = "auto", *, subset: bool = False, creates_group
         kind: `local`, `mpi`, `torch`, or `auto`, which takes torch's process group if it is initialised, else MPI if an
             MPI launcher started several processes, else this process alone.
         subset: accept fewer ranks than the launcher started.
-        creates_group: under torchrun, create the process group if there is none. For our own programs: the process
-            group of a user's program belongs to the trainer, which chooses its backend.
+        creates_group: create the process group if the launcher needs one and there is none. For our own programs: the
+            process group of a user's program belongs to the trainer, which chooses its backend.
 
     Raises:
         LaunchError: the ranks of the job would not see each other, or torch's process group does not exist yet.
@@ -118,7 +118,7 @@ def check_world_size(comm: Communicator, subset: bool = False) -> None:
 
 def _cure(comm: Communicator, launcher: Launcher) -> str:
     """Return what to do so that the data plane sees all processes of `launcher`."""
-    if launcher.is_torchrun and isinstance(comm, (Local, Mpi)):
+    if launcher.needs_process_group and isinstance(comm, (Local, Mpi)):
         change = "Set dataplane.comm=auto" if isinstance(comm, Local) else "Give DataPlane.open no MPI communicator"
         return f"{change}, and call init_process_group (or create the Accelerator) before you open the data plane."
     if isinstance(comm, Mpi) and comm.world_size == launcher.size:
@@ -135,18 +135,22 @@ def _cure(comm: Communicator, launcher: Launcher) -> str:
 
 def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bool) -> Communicator:
     """Open the communicator for `kind`. **Collective.**"""
-    under_torchrun = launcher is not None and launcher.is_torchrun
+    needs_group = launcher is not None and launcher.needs_process_group
     if kind == "local":
         return Local()
     if kind == "mpi":
         return _mpi_communicator(launcher)
-    if under_torchrun and not creates_group and not _torch_is_initialised():
+    if launcher is not None and needs_group and not creates_group and not _torch_is_initialised():
+        reason, alone = "", ""
+        if launcher.name == UNKNOWN_LAUNCHER:
+            reason = f" (RANK, WORLD_SIZE={launcher.size} and MASTER_ADDR are set)"
+            alone = "\n  If this process is alone, unset WORLD_SIZE."
         raise LaunchError(
-            "torchrun started this process, but there is no torch process group yet.\n"
-            "  Call init_process_group (or create the Accelerator) first, then open the data plane."
+            f"{launcher.name} started this process{reason}, but there is no torch process group yet.\n"
+            f"  Call init_process_group (or create the Accelerator) first, then open the data plane.{alone}"
         )
-    if kind == "torch" or under_torchrun or _torch_is_initialised():
-        return _torch_communicator(None, creates_group=creates_group and under_torchrun)
+    if kind == "torch" or needs_group or _torch_is_initialised():
+        return _torch_communicator(None, creates_group=creates_group and needs_group)
 
     # One process needs no MPI, and a laptop may have none.
     if launcher is not None and launcher.size != 1:
@@ -156,7 +160,7 @@ def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bo
 
 def _mpi_communicator(launcher: Launcher | None) -> Mpi:
     # MPI would start with the variables of an outer mpiexec or srun, and crash in their process manager.
-    if launcher is not None and launcher.is_torchrun:
+    if launcher is not None and launcher.name == "torchrun":
         raise LaunchError(
             "dataplane.comm is mpi, but torchrun started this process, and torchrun's processes cannot use MPI.\n"
             "  Set dataplane.comm=auto or dataplane.comm=torch, or start the program with mpiexec or srun."
@@ -188,9 +192,9 @@ def _torch_is_initialised() -> bool:
 
 
 def wait_for_other_reports() -> None:
-    """Under torchrun, give the other ranks time to report the same refusal before this process exits."""
+    """Under torchrun or DeepSpeed, give the other ranks time to report the same refusal before this process exits."""
     launcher = find_launcher()
-    if launcher is not None and launcher.is_torchrun and launcher.started_several:
+    if launcher is not None and launcher.needs_process_group and launcher.started_several:
         with contextlib.suppress(ValueError):  # Only the main thread can do that.
             # Otherwise the rank that exits first would replace the exit code of the others.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

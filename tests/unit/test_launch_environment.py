@@ -3,11 +3,12 @@
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.comm.launch_environment import find_launcher
-from mixtera_hpc.comm.launcher import check_world_size
+from mixtera_hpc.comm.launch_environment import UNKNOWN_LAUNCHER, find_launcher
+from mixtera_hpc.comm.launcher import check_world_size, open_communicator
 from mixtera_hpc.errors import LaunchError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "8"}
+DEEPSPEED = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"}
 SRUN = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
@@ -31,6 +32,13 @@ INTERACTIVE_STEP = {**BATCH_SCRIPT, "SLURM_STEP_ID": "4294967290"}
         (SALLOC, None),
         (BATCH_SCRIPT, None),
         (INTERACTIVE_STEP, None),
+        (DEEPSPEED, (UNKNOWN_LAUNCHER, 3, 8)),
+        ({**BATCH_SCRIPT, **DEEPSPEED}, (UNKNOWN_LAUNCHER, 3, 8)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", **DEEPSPEED}, (UNKNOWN_LAUNCHER, 3, 8)),
+        # Scripts export these variables for the trainer, and start the ranks with srun or mpiexec.
+        ({**SRUN, **DEEPSPEED}, ("srun", 2, 4)),
+        ({**MPICH, **DEEPSPEED}, ("mpiexec", 1, 2)),
+        ({**DEEPSPEED, "WORLD_SIZE": "1"}, None),
         # Left over from a notebook or a Trainer: nothing started this process with torchrun.
         ({"RANK": "0", "WORLD_SIZE": "8"}, None),
     ],
@@ -58,3 +66,14 @@ def test_more_ranks_than_the_launcher_started_are_accepted(monkeypatch: pytest.M
     comm.size = 4
 
     check_world_size(comm)
+
+
+def test_processes_of_an_unknown_launcher_need_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would otherwise train on the whole global batch, without a message."""
+    for name, value in DEEPSPEED.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(LaunchError, match=r"WORLD_SIZE=8 and MASTER_ADDR are set.*\n.*init_process_group"):
+        open_communicator()
+    with pytest.raises(LaunchError, match="another launcher started 8 processes, but the data plane sees 1"):
+        open_communicator("local")
