@@ -88,13 +88,17 @@ def test_memory_without_room_for_a_block_keeps_none() -> None:
 def test_many_readers_do_not_keep_a_block_out(memory: int) -> None:
     """Readers whose turns overlap leave no moment in which the directory is free."""
     writer = Blocks(SharedBlocks(memory, patience_s=1.0))
-    writer.blocks.read("shard", 0, lambda *_: None, lambda: ([b"read by all"], None))
+    writer.blocks.read("shard", 0, lambda *_: b"", lambda: ([b"read by all"], b""))
     has_ended = threading.Event()
+
+    def take_slowly(_memory: mmap.mmap, _begin: int, _end: int) -> bytes:
+        time.sleep(0.002)
+        return b""
 
     def read_all_the_time() -> None:
         blocks = SharedBlocks(memory)
         while not has_ended.is_set():
-            blocks.read("shard", 0, lambda *_: time.sleep(0.002), lambda: ([], None))
+            blocks.read("shard", 0, take_slowly, lambda: ([], b""))
         blocks.close()
 
     threads = [threading.Thread(target=read_all_the_time) for _ in range(8)]

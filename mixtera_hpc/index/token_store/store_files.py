@@ -110,6 +110,19 @@ class StoreFiles(StoreFolder):
         """
         return self.decode_header(StoreHeader, CURE)
 
+    def tokens_digest(self) -> str:
+        """Return the digest of the size, and of the first and the last MiB, of the file of tokens.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        try:
+            return fingerprint_of_shard(self.tokens, self.tokens.stat().st_size)
+        except OSError as error:
+            raise DataError(
+                f"{self.tokens} cannot be read: {error.strerror}.\n  Change its permissions, or set data.tokens=off."
+            ) from None
+
 
 def token_type(vocab_size: int, *, has_chats: bool) -> np.dtype[np.unsignedinteger]:
     """Return the type that holds every id below `vocab_size`, with the marks of conversations if there are any."""
@@ -148,26 +161,12 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
                     index=source.fingerprint,
                     dtype=header.dtype,
                     starts=str(files.starts(header)),
-                    tokens_digest=_digest(files.tokens),
+                    tokens_digest=files.tokens_digest(),
                     first_block=first_block,
                     last_block=last_block,
                 )
             )
     return stores
-
-
-def _digest(path: Path) -> str:
-    """Return the digest of a file of tokens.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        return fingerprint_of_shard(path, path.stat().st_size)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}.\n  Change its permissions, or set data.tokens=off."
-        ) from None
 
 
 def _checked_header(config: Config, files: StoreFiles, index: str, tokenizer: str) -> StoreHeader | None:

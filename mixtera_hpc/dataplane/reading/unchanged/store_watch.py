@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mixtera_hpc.dataplane.reading.unchanged.file_state import FileState, file_state
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader
 
 __all__ = ["StoreWatch"]
@@ -67,7 +66,7 @@ class StoreWatch:
             return True
         if state == before or self._tokens_digest is None:
             return False
-        return fingerprint_of_shard(self._files.tokens, state.size) != self._tokens_digest
+        return self._files.tokens_digest() != self._tokens_digest
 
     def _read_header(self) -> StoreHeader:
         header = self._files.read_header()
