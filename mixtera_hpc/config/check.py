@@ -34,6 +34,9 @@ MAX_WORKERS = 64
 MAX_FEEDBACK_LAG = 1_000_000
 """Chunks. Weights that react later than this do not react."""
 
+MAX_LANES = 1 << 16
+"""Four lanes for each of 16,384 nodes. Every rank has arrays of this length."""
+
 MAX_CHUNK_SEQUENCES = 1_000_000
 """Sequences of one chunk. The planner decides them one by one on rank 0, and a broadcast must stay small."""
 
@@ -128,6 +131,8 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     problems += at_least("dataplane.workers", plane.workers or 0, 0)
     if plane.feedback_lag > MAX_FEEDBACK_LAG:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
+    if plane.lanes is not None and plane.lanes > MAX_LANES:
+        problems.append(f"dataplane.lanes is {plane.lanes}, expected at most {MAX_LANES}.")
     if plane.seq_len >= 1 << 31:
         problems.append(f"dataplane.seq_len is {plane.seq_len}, expected less than 2**31 tokens.")
     if plane.window_bytes >= 1 << 62:

@@ -1,4 +1,4 @@
-"""From the arguments of `DataPlane.open` to what a data plane works with; an error in one rank ends the job."""
+"""Open the resources of a data plane from the arguments of `DataPlane.open`; an error in one rank ends the job."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -64,6 +64,7 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "dataplane.feedback_lag=1000000000000000000000",
             r"^dataplane\.feedback_lag is 10+, expected at most 1000000 chunks",
         ),
+        ("dataplane.lanes=65537", r"^dataplane\.lanes is 65537, expected at most 65536\."),
         (
             "dataplane.window_bytes=4611686018427387904",
             r"^dataplane\.window_bytes is 4611686018427387904, expected less",

@@ -92,9 +92,9 @@ def test_plan_names_domains_with_fewer_sequences_than_lanes(tmp_path: Path, caps
     words = [*compressed(tmp_path, "never"), LARGE_BATCH, "plan.steps=1"]
     assert main(["plan", *words]) == 0
     assert "fewer sequences than lanes" not in capsys.readouterr().out
-    assert main(["plan", *words, "dataplane.lanes=1000000"]) == 0
+    assert main(["plan", *words, "dataplane.lanes=65536"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Lanes: 1,000,000, from dataplane.lanes or the start of the run; the default" in text
+    assert "Lanes: 65,536, from dataplane.lanes or the start of the run; the default" in text
     assert "An epoch of 2 of 2 domains has fewer sequences than lanes" in text
 
 

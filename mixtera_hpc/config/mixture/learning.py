@@ -7,7 +7,7 @@ from mixtera_hpc.config.schema import Config, MixtureConfig, StageConfig
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm, learns_from, make_algorithm
 from mixtera_hpc.core.mixing.exponentiated_gradient import NO_REFERENCES, ExponentiatedGradient
 from mixtera_hpc.core.mixing.named_parameters import FROM_RUN, NAMED_PARAMETERS, named_form
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, pluralize
 
 __all__ = ["checked_algorithm", "learning_parts", "learning_warnings", "needs_held_out"]
 
@@ -54,8 +54,8 @@ def learning_warnings(config: Config) -> list[str]:
         warmup = getattr(getattr(algorithm, "config", None), "warmup", 0)
         if warmup >= num_steps:
             warnings.append(
-                f"mixture.algorithm.warmup is {warmup}, and the run has {num_steps} steps: the mixture never changes. "
-                f"Set mixture.algorithm.warmup below {num_steps}, for example {max(num_steps // 4, 1)}."
+                f"mixture.algorithm.warmup is {warmup}, and the run has {pluralize(num_steps, 'step')}: the mixture "
+                f"never changes. Set mixture.algorithm.warmup below {num_steps}, for example {num_steps // 4}."
             )
         if learns_from(algorithm) == "heldout" and not config.training.validate_every:
             warnings.append(

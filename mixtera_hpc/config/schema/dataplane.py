@@ -54,10 +54,10 @@ class DataPlaneConfig:
     """Decoded bytes of the blocks whose rows are shuffled together, at least one block; for
     `dataplane.shuffle=window`. The bytes of compressed blocks are estimated."""
     lanes: int | None = None
-    """Parts into which the windows of an epoch are cut, for `dataplane.shuffle=window`. Sequences are taken from the
-    lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. Null: one for
-    every 32 sequences of the largest global batch, a power of two from 16 to 1024; fewer for compressed data whose
-    windows need more than 640 MiB. A run keeps the number that it began with."""
+    """Parts into which the windows of an epoch are cut, 1 to 65536, for `dataplane.shuffle=window`. Sequences are taken
+    from the lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. Null:
+    one for every 32 sequences of the largest global batch, a power of two from 16 to 1024; fewer for compressed data
+    whose windows need more than 640 MiB. A run keeps the number that it began with."""
     pack: Literal["concat", "best_fit"] = "concat"
     """The way from documents to sequences. `concat`: one document after the other, cut where a sequence ends.
     `best_fit`: the documents of `dataplane.pack_group` sequences are reordered so that few are cut. Nothing is padded

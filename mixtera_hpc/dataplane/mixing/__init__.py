@@ -1,1 +1,1 @@
-"""From the mixture of a config to the weights of every chunk, and requests to change it at run time."""
+"""Compute the weights of every chunk from the mixture of a config, and change them on request at run time."""

@@ -1,1 +1,1 @@
-"""From decoded rows to batches of properties and texts, for the formats that share a representation."""
+"""Make batches of properties and texts from decoded rows, for the formats that share a representation."""

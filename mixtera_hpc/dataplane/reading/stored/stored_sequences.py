@@ -1,4 +1,4 @@
-"""From sequences of several steps to the arrays of their batches.
+"""Write the arrays of the batches of several steps from the documents of their sequences.
 
 The parts of documents of all batches are computed together, in the order of the rows. Tokens are then copied once, to
 where the trainer gets them. Price: beside the copy about 10 bytes written per token.

@@ -1,4 +1,4 @@
-"""From documents to tokens for shards that hold text: every document of a read is tokenized once.
+"""Tokenize the documents of shards that hold text, every document of a read once.
 
 Texts are read in disk order and encoded in the order in which they are served. So the tokens of most sequences follow
 each other in memory, and are copied to the batches as those of stored documents are (`stored.token_copy`). Documents in
