@@ -11,7 +11,7 @@ from dataclasses import dataclass
 __all__ = ["UNKNOWN_LAUNCHER", "Launcher", "find_launcher"]
 
 VARIABLES_OF_A_GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-"""What a torch process group needs. DeepSpeed and the operators of Kubernetes set no variables that tell who they are.
+"""Needed by a torch process group. DeepSpeed and the operators of Kubernetes set no variable that names the launcher.
 `RANK` and `WORLD_SIZE` without an address are left over from a notebook or a trainer."""
 UNKNOWN_LAUNCHER = "DeepSpeed or another launcher"
 

@@ -141,14 +141,7 @@ def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bo
     if kind == "mpi":
         return _mpi_communicator(launcher)
     if launcher is not None and needs_group and not creates_group and not _torch_is_initialised():
-        reason, alone = "", ""
-        if launcher.name == UNKNOWN_LAUNCHER:
-            reason = f" (RANK, WORLD_SIZE={launcher.size} and MASTER_ADDR are set)"
-            alone = "\n  If this process is alone, unset WORLD_SIZE."
-        raise LaunchError(
-            f"{launcher.name} started this process{reason}, but there is no torch process group yet.\n"
-            f"  Call init_process_group (or create the Accelerator) first, then open the data plane.{alone}"
-        )
+        raise _no_group_error(launcher)
     if kind == "torch" or needs_group or _torch_is_initialised():
         return _torch_communicator(None, creates_group=creates_group and needs_group)
 
@@ -156,6 +149,16 @@ def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bo
     if launcher is not None and launcher.size != 1:
         return _mpi_communicator(launcher)
     return Local()
+
+
+def _no_group_error(launcher: Launcher) -> LaunchError:
+    """Return the error for a process that is not in a torch process group, although its launcher needs one."""
+    name = launcher.name
+    cure = "Call init_process_group (or create the Accelerator) first, then open the data plane."
+    if name == UNKNOWN_LAUNCHER:
+        name += f" (RANK, WORLD_SIZE={launcher.size} and MASTER_ADDR are set)"
+        cure += "\n  If this process is alone, unset WORLD_SIZE."
+    return LaunchError(f"{name} started this process, but there is no torch process group yet.\n  {cure}")
 
 
 def _mpi_communicator(launcher: Launcher | None) -> Mpi:

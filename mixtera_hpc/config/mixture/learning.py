@@ -53,9 +53,10 @@ def learning_warnings(config: Config) -> list[str]:
         algorithm = checked_algorithm(part.algorithm)
         warmup = getattr(getattr(algorithm, "config", None), "warmup", 0)
         if warmup >= num_steps:
+            example = max(num_steps // 4, min(num_steps - 1, 1))
             warnings.append(
                 f"mixture.algorithm.warmup is {warmup}, and the run has {pluralize(num_steps, 'step')}: the mixture "
-                f"never changes. Set mixture.algorithm.warmup below {num_steps}, for example {num_steps // 4}."
+                f"never changes. Set mixture.algorithm.warmup below {num_steps}, for example {example}."
             )
         if learns_from(algorithm) == "heldout" and not config.training.validate_every:
             warnings.append(
