@@ -1,14 +1,20 @@
 """The reduction of a step names the slowest rank of every stage."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading import batch_maker
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_alone
 from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
@@ -63,3 +69,14 @@ def test_a_plane_measures_its_stages(workers: int, collection: list[str], tmp_pa
             if batch.step == 12:
                 break
     assert {"wait", "decode", "tokenize", "pack", "plan"} <= seen
+
+
+def test_a_read_is_written_a_few_steps_at_a_time(collection: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_maker, "TOKENS_PER_WRITE", 2 * 8 * 16)
+    words = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=5"]
+    source = open_source(compose([*collection, *words]), Local())
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
+        seen = [(batch.step, maker.places[0].now().step, maker.next_is_made) for batch in maker.batches(plan, 0)]
+    # The place has the first step of those that are written together; the last of them waits for more to be written.
+    assert seen == [(0, 0, True), (1, 0, False), (2, 2, True), (3, 2, False), (4, 4, False)]
