@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.run_folder import find_runs
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.run_folder import RunFolder, find_runs
 from mixtera_hpc.track.event_reader import read_events
 
 MIXTURES = {"first": (0.8, 0.2), "second": (0.2, 0.8)}
@@ -78,6 +79,31 @@ def test_a_checkpoint_continues_on_two_mixtures(
     page = (tmp_path / "page" / "comparison.html").read_text()
     assert page.count("forked from") == 2
     assert "p-s8-first" in page
+
+
+@pytest.mark.slow
+def test_a_checkpoint_before_an_edit_continues_with_the_sizes_of_its_time(
+    collection: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    words = ["training.num_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=9", "training.warmup_steps=1"]
+    model = ["training.num_layers=1", "training.num_heads=2", "training.embedding_dim=8", "run.name=parent"]
+    shape = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2", "dataplane.audit=true"]
+    assert main(["run", *collection, *words, *model, *shape, f"run.root={root}", "run.id=p"]) == 0
+    parent = root / "parent" / "p"
+    batch = ["--change-batch-size", "dataplane.global_batch_size=4"]
+    assert main(["resume", str(parent), *batch, "training.num_steps=4", "--here"]) == 0
+    assert main(["resume", str(parent), "--change-seq-len", "8", "training.num_steps=6", "--here"]) == 0
+
+    mixture = tmp_path / "same.yaml"
+    mixture.write_text(json.dumps({"kind": "natural", "group_by": ["source"]}))
+    for step, sizes in ((2, (16, 8)), (4, (16, 4)), (6, (8, 4))):
+        assert main(["fork", str(parent), "--step", str(step), "--set", str(mixture), "--steps", "4", "--run"]) == 0
+        folder = parent.with_name(f"p-s{step}-same")
+        plane = load_config(RunFolder(folder).config).dataplane
+        assert (plane.seq_len, plane.global_batch_size) == sizes
+        assert main(["trace", str(folder), "--verify"]) == 0
+        assert main(["resume", str(folder), f"training.num_steps={step + 6}", "--here"]) == 0
 
 
 def test_a_step_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

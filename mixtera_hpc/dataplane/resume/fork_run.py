@@ -29,7 +29,7 @@ from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
+from mixtera_hpc.dataplane.resume.run_identity import pin_to_run, with_sizes_of_identity
 from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
 from mixtera_hpc.launch.prepare import prepare_run
@@ -98,7 +98,9 @@ def open_fork_point(parent: RunFolder, step: int) -> ForkPoint:
     if damage is not None:
         raise ConfigError(f"The checkpoint of step {step} cannot be used: {damage}.\n  Choose another step.")
     state = PlaneState.from_array(np.fromfile(parent.checkpoint_plane_state(step), np.uint8))
-    return ForkPoint(parent=parent, config=load_config(parent.config), state=state)
+    # Later edits of the parent are no edits of the new run.
+    config = with_sizes_of_identity(load_config(parent.config), state.identity)
+    return ForkPoint(parent=parent, config=config, state=state)
 
 
 def fork_runs(point: ForkPoint, forks: Sequence[Fork], now: datetime) -> list[RunFolder]:

@@ -13,7 +13,7 @@ from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 
-__all__ = ["config_for_identity", "data_of_run", "pin_to_run", "subset_for_identity"]
+__all__ = ["config_for_identity", "data_of_run", "pin_to_run", "subset_for_identity", "with_sizes_of_identity"]
 
 
 def data_of_run(folder: RunFolder, split: Split = "train") -> tuple[Config, SampleSubset]:
@@ -38,15 +38,21 @@ def pin_to_run(config: Config, journal: Path) -> Config:
 
 def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:
     """Return `config` with the values of `identity` that run edits, a refresh or another default may have changed."""
+    config = with_sizes_of_identity(config, identity)
+    plane = replace(config.dataplane, lanes=identity["lanes"])
+    return replace(_at_generations(config, identity["index"]), dataplane=plane)
+
+
+def with_sizes_of_identity(config: Config, identity: Mapping[str, Any]) -> Config:
+    """Return `config` with the values of `identity` that run edits may have changed: seed, batches and sequences."""
     plane = replace(
         config.dataplane,
         seed=identity["seed"],
         global_batch_size=identity["global_batch_size"],
         batch_schedule=[BatchStageConfig(start=start, size=size) for start, size in identity["batch_schedule"]],
         seq_len=identity["seq_len"],
-        lanes=identity["lanes"],
     )
-    return replace(_at_generations(config, identity["index"]), dataplane=plane)
+    return replace(config, dataplane=plane)
 
 
 def subset_for_identity(identity: Mapping[str, Any]) -> SampleSubset:
