@@ -25,6 +25,7 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.residency.open_shards import max_open_shards
 from mixtera_hpc.dataplane.reading.rows import mapped_rows
 from mixtera_hpc.dataplane.reading.rows.mapped_rows import MappedPlaces, MappedRows
+from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.stored import mapped_files
 from mixtera_hpc.dataplane.reading.unchanged import comparison_pace
@@ -246,8 +247,17 @@ def test_blocks_of_large_rows_are_not_loaded(row_bytes: int, is_loaded: bool, tm
 def test_where_pages_cannot_be_loaded_blocks_are_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux before 5.14 does not know the call."""
     monkeypatch.setattr(mapped_rows, "load_pages", lambda address, num_bytes: False)
+    num_reads = 0
+    read_bytes = RowFiles.read_bytes
+
+    def counted(files: RowFiles, shard: int, offset: int, size: int) -> bytes:
+        nonlocal num_reads
+        num_reads += 1
+        return read_bytes(files, shard, offset, size)
+
+    monkeypatch.setattr(RowFiles, "read_bytes", counted)
     contents, num_loads = served(config)
-    assert num_loads
+    assert num_loads == num_reads > 0
     assert contents == positioned(config)
 
 

@@ -1,5 +1,6 @@
 """Decoded blocks in memory that processes share: each is decoded once, and no process gets other bytes."""
 
+import errno
 import gc
 import mmap
 import os
@@ -367,3 +368,18 @@ def test_one_reader_shares_nothing_and_no_descriptor_stays_open(config: Config) 
     assert share_blocks(Local(), config, ["jsonl", "webdataset"], 4) is None
     run_ranks(2, lambda comm: read_epoch(config, comm)[1])
     assert num_open() == before
+
+
+def test_without_proc_nothing_is_shared(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers could not open the memory again for locks of their own."""
+    os_open = os.open
+
+    def without_proc(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return os_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", without_proc)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - pathlib may open files by `os.open`.
+    assert share_blocks(Local(), config, ["jsonl.zst"], 2) is None
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
