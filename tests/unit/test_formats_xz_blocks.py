@@ -12,6 +12,7 @@ import pytest
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.varints import read_varint
 from mixtera_hpc.formats.codecs.xz_blocks import list_blocks
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
@@ -73,3 +74,12 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data[:size])
         with pytest.raises(DataError):
             scan_whole_shard(load_format("jsonl.xz"), path, ScanSpec(text="text"))
+
+
+def test_numbers_of_variable_length_have_at_most_64_bits() -> None:
+    assert read_varint(b"\0\xac\x02", 1) == (300, 3)
+    assert read_varint(b"\xff" * 9 + b"\x01", 0) == (2**64 - 1, 10)
+    with pytest.raises(ValueError, match="more than 64 bits"):
+        read_varint(b"\xff" * 11, 0)
+    with pytest.raises(IndexError):
+        read_varint(b"\xff", 0)
