@@ -173,7 +173,7 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeR
         for override in overrides:
             _copy_value(after, plain, _key(override).split("."))
         new = from_plain(Config, plain)
-    # `dataplane.lanes=null` asks for no other number than that of the run, which the journal has if the run chose it.
+    # `dataplane.lanes=null` keeps the number of the run, which the journal has if the configuration has none.
     new = _with_lanes(new, old.dataplane.lanes)
     lanes = read_first_identity(folder.journal).lanes
     check_resume(_with_lanes(old, lanes), _with_lanes(new, lanes), request)

@@ -49,7 +49,7 @@ def sample_swarm(
     _check_measurable(config)
     config = with_absolute_paths(replace(config, run=replace(config.run, name=folder.name, id=None)))
     if config.dataplane.lanes is None and folder.record.exists():
-        # More proxies of a swarm have the number of lanes of those before.
+        # Added proxies have the number of lanes of the earlier ones.
         lanes = folder.read().config.dataplane.lanes
         config = replace(config, dataplane=replace(config.dataplane, lanes=lanes))
     source = open_source(config, Local())

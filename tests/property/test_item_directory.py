@@ -44,4 +44,4 @@ def test_a_directory_is_smaller_than_its_documents() -> None:
         stops = np.cumsum(lengths[:count])
         items = np.arange(0, stops[-1], stops[-1] // 1000)
         assert np.array_equal(directory.search(stops, items), np.searchsorted(stops, items, side="right"))
-        assert directory.num_cells <= count // DOCUMENTS_PER_CELL + 2
+        assert len(directory._cells) <= count // DOCUMENTS_PER_CELL + 2

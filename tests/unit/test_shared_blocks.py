@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,17 @@ def test_a_block_that_is_too_large_is_decoded_each_time(memory: int) -> None:
     assert reader.num_decoded == 2
 
 
+def run_readers(readers: list[Callable[[], None]], entered: threading.Event) -> None:
+    """Run functions in threads, and begin all but the first one after an event."""
+    threads = [threading.Thread(target=read) for read in readers]
+    threads[0].start()
+    entered.wait()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=600)
+
+
 def test_readers_decode_a_block_that_is_too_large_at_the_same_time(memory: int) -> None:
     entered = threading.Event()
     others = threading.Barrier(3)
@@ -199,13 +211,7 @@ def test_readers_decode_a_block_that_is_too_large_at_the_same_time(memory: int) 
     def read(decode: Callable[[], DecodedLines]) -> None:
         results.append(SharedBlocks(memory, patience_s=600).lines("s", 0, np.array([0]), decode))
 
-    threads = [threading.Thread(target=read, args=[decode]) for decode in (decode_first, *[decode_together] * 3)]
-    threads[0].start()
-    entered.wait()
-    for thread in threads[1:]:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=600)
+    run_readers([partial(read, decode_first), *[partial(read, decode_together)] * 3], entered)
     assert results == [[data[:1]]] * 4
 
 
@@ -222,13 +228,7 @@ def test_readers_wait_for_the_one_that_decodes(memory: int) -> None:
     def read() -> None:
         assert SharedBlocks(memory).lines("s", 0, np.array([1]), decode) == [b"bc"]
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    threads[0].start()
-    entered.wait()
-    for thread in threads[1:]:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=600)
+    run_readers([read] * 4, entered)
     assert len(counts) == 1
 
 

@@ -298,7 +298,7 @@ class SharedBlocks:
                 if time.monotonic() >= deadline:
                     break
             if is_writer:
-                # It ends by itself if this process is killed.
+                # This time passes also if this process is killed.
                 self._writer_ns[0] = time.monotonic_ns() + int(MAX_PAUSE_S * 1e9)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_WRITER_PAUSE_S if is_writer else MAX_PAUSE_S)

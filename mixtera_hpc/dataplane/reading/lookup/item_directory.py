@@ -32,11 +32,6 @@ class ItemDirectory:
         self._cells = GrowingColumns({"first": np.int64})
         """Documents that end at or before the first item of each cell, for all cells and one behind the last."""
 
-    @property
-    def num_cells(self) -> int:
-        """Cells in memory, 8 bytes each."""
-        return len(self._cells)
-
     def search(self, stops: Ints, items: Ints) -> Ints:
         """Return `np.searchsorted(stops, items, side="right")`.
 
@@ -54,7 +49,7 @@ class ItemDirectory:
         cell += 1
         most = int((first.take(cell) - document).max(initial=0))
 
-        # A binary search inside all cells at the same time. Behind the end, the last document stands for others.
+        # A binary search inside all cells at the same time. `clip` reads the last document for places behind the end.
         for bit in reversed(range(most.bit_length())):
             is_before = stops.take(document + ((1 << bit) - 1), mode="clip") <= items
             document += is_before.astype(np.int64) << bit

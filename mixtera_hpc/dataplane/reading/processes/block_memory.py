@@ -67,7 +67,7 @@ def _share(comm: Communicator, name: str, max_bytes: int, readers_per_node: int)
             # Pages are allocated when they are written.
             os.ftruncate(fd, SharedBlocks.memory_bytes(max_bytes))
             os.pwrite(fd, nonce.to_bytes(NONCE_BYTES, "little"), 0)
-            # Every reader opens it again for locks of its own, which needs /proc.
+            # Raises an error without /proc, through which every reader opens it again for locks of its own.
             SharedBlocks(fd).close()
         except OSError:
             os.close(fd)

@@ -60,10 +60,10 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
     except (EOFError, OSError):
         return
 
-    # Sent by the rank. Another error here, for example too little memory, ends the process with a message in the log.
+    # An error of another type, for example too little memory, ends the process with a message in the log.
     failure: MixteraError | None = None
     try:
-        (source, batch_slice), shape = map(pickle.loads, messages)
+        (source, batch_slice), shape = map(pickle.loads, messages)  # Sent by the rank.
         memory = BatchMemory(memory_fd, shape) if shape is not None else None
         maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
         maker.write_place(ReadPlace.of_memory(place_fd))
