@@ -17,6 +17,7 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
+from mixtera_hpc.tokens.tokenizer import load_vocabulary
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
 
@@ -151,17 +152,21 @@ def test_samples_are_refused_with_the_cure(collection: list[str]) -> None:
 
 def test_a_peer_that_is_handed_other_tokens_is_named(collection: list[str], tmp_path: Path) -> None:
     path = Path(next(word.partition("=")[2] for word in collection if word.startswith("dataplane.tokenizer=")))
-    # Another file on one node: two tokens have each other's number.
+    # Stands for another release of the tokenizer on one node: two tokens have each other's number.
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
     swapped = tmp_path / "tokenizer.json"
     swapped.write_text(json.dumps(tokenizer))
     config = config_with(collection)
-    other = dataclasses.replace(config, dataplane=dataclasses.replace(config.dataplane, tokenizer=str(swapped)))
+    other = dataclasses.replace(config.dataplane, tokenizer=str(swapped))
 
     def serve(comm: ThreadCommunicator) -> None:
-        with DataPlane.open(config if comm.rank != 3 else other, comm, data_parallel=(comm.rank // 2, 2)) as plane:
+        with DataPlane.open(config, comm, data_parallel=(comm.rank // 2, 2)) as plane:
+            if comm.rank == 3:
+                # Another file would be refused when the data plane is opened.
+                source = dataclasses.replace(plane._resources.source, tokenizer=load_vocabulary(other))
+                plane._resources = dataclasses.replace(plane._resources, source=source)
             for batch, _ in zip(plane, range(12), strict=False):
                 plane.record(batch, np.ones((4, 16)))
 
