@@ -235,10 +235,24 @@ def test_between_fast_reads_a_change_ends_the_run_later_and_the_error_says_how_m
     (shard,) = written("jsonl", tmp_path / "data")
     (other,) = written("jsonl", tmp_path / "others", "b")
     config = configured("jsonl", tmp_path / "data")
-    before = served(config)
-    *batches, error = served(config, 5, partial(in_place, other, shard))
-    assert f"{shard} has changed while the run reads it" in str(error)
-    is_changed = [not equal(*pair) for pair in zip(batches, before, strict=False)]
+    source = open_source(replace(config, dataplane=replace(config.dataplane, chunk_steps=STEPS)), Local())
+    plan = source.planner.plan(PlannerState.start(1), source.weights)[0]
+
+    def read(maker: BatchMaker, steps: range) -> list[Any]:
+        """Read step by step in this thread, so that every look at the clock is in the same order."""
+        return [repr(batch.payloads) for step in steps for batch in maker.batches_of(plan, range(step, step + 1))]
+
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        before = read(maker, range(STEPS))
+    batches: list[Any] = []
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        read(maker, range(5))
+        in_place(other, shard)
+        with pytest.raises(DataError, match=f"{shard} has changed while the run reads it") as raised:
+            for step in range(5, STEPS):
+                batches += read(maker, range(step, step + 1))
+    error = raised.value
+    is_changed = [not equal(*pair) for pair in zip(batches, before[5:], strict=False)]
     (note,) = error.__notes__
     assert any(is_changed), "no check was skipped, so this tests nothing"
     assert re.fullmatch(r"Batches that were served during the last \d+ s may hold changed data\.", note)
