@@ -102,7 +102,7 @@ class JobCase:
 
     ranks: int
     lanes: int | None
-    """None for the default of the global batch and the data."""
+    """Number of lanes; None for the default of the global batch and the data."""
     scale: float
     """Size of windows and units to those of shards of 41 MB."""
     has_own_speeds: bool

@@ -76,7 +76,7 @@ class LockHolds:
     holds: int = 0
     """Holds of more than the limit."""
     longest_ms: float = 0.0
-    """Of the reported ones."""
+    """CPU time of the longest one."""
     places: dict[str, int] = field(default_factory=dict)
     """Place of such a hold → number of holds."""
 

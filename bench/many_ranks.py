@@ -55,7 +55,7 @@ class Job:
     nodes: int
     """Nodes that are measured, each in a lane of its own."""
     lanes: int | None = None
-    """None for the default of the global batch."""
+    """Number of lanes; None for the default of the global batch."""
 
 
 JOBS = (Job(1, 64, 3072, 1), Job(64, 16, 64, 4), Job(256, 8, 24, 7), Job(1024, 8, 8, 14), Job(1024, 8, 8, 14, 16))

@@ -275,7 +275,7 @@ def test_a_number_is_not_changed_by_a_flag(make_config: Callable[..., Config]) -
 
 
 def test_a_sweep_finds_the_runs_of_an_earlier_release(collection: list[str], tmp_path: Path) -> None:
-    """Its configurations had the number 16 where none was set."""
+    """Their configurations had the number 16 where none was set."""
     usual = [*collection, f"run.root={tmp_path}", "run.name=sweep", LARGE_BATCH]
     [before] = plan_sweep([*usual, "dataplane.lanes=16"]).points
     folder = prepare_run(before.config, before.overrides, datetime.now(UTC))

@@ -310,7 +310,7 @@ def test_the_first_weights_are_computed_once(config: Config, monkeypatch: pytest
 
 @pytest.mark.parametrize("has_begun", [True, False])
 def test_a_forked_process_is_refused(has_begun: bool, config: Config) -> None:
-    """As in a worker process of a DataLoader: it has no reading thread, so it would wait for ever."""
+    """A worker process of a DataLoader is such a fork. Without a reading thread, it would wait for ever."""
     with DataPlane.open(config, comm=Local()) as plane:
         batches = iter(plane)
         if has_begun:

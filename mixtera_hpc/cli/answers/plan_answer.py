@@ -18,7 +18,7 @@ from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
-from mixtera_hpc.dataplane.reading.lane_count import default_lanes, lanes_of_batch
+from mixtera_hpc.dataplane.reading.lane_count import lanes_of_batch
 from mixtera_hpc.dataplane.reading.residency.decode_cost import (
     JobShape,
     check_decode_cost,
@@ -118,7 +118,7 @@ def _print_lanes(source: Source) -> None:
     lanes = source.lanes.lanes
     largest = source.planner.batch_schedule.largest
     of_batch = lanes_of_batch(plane)
-    default = default_lanes(plane, source.layout, source.index.shard_formats)
+    default = source.index.default_lanes
     text = f"the default for global batches of {largest:,}"
     if lanes != default:
         text = f"from dataplane.lanes or the start of the run; {text} is {default:,}"

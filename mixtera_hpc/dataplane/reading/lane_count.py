@@ -6,10 +6,12 @@ batch. Where rows are decoded in large units, a node also keeps the rows of a wi
 job may have one node, so there are no more lanes than windows that fit into the default memory of one.
 
 The number belongs to the identity of a run. It depends on the global batch, which does too, and on the index, and not
-on the number of nodes, nor on stores beside the index. Price: a few sums over the blocks of all domains.
+on the number of nodes, nor on stores beside the index. Rank 0 computes it. Price: for global batches of 1,024 and more,
+a few sums over the blocks of all domains.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +51,10 @@ def default_lanes(plane: DataPlaneConfig, layout: StreamLayout, shard_formats: S
     if plane.shuffle != "window":
         return MIN_LANES
     lanes = lanes_of_batch(plane)
-    while lanes > MIN_LANES and _window_bytes(layout, shard_formats, lanes) > MAX_WINDOW_BYTES:
-        lanes //= 2
+    if lanes > MIN_LANES and any(map(decodes_blocks, shard_formats)):
+        sizes = _DecodedSizes.of(layout, shard_formats)
+        while lanes > MIN_LANES and sizes.window_bytes(lanes) > MAX_WINDOW_BYTES:
+            lanes //= 2
     return lanes
 
 
@@ -61,24 +65,37 @@ def lanes_of_batch(plane: DataPlaneConfig) -> int:
     return min(max(power, MIN_LANES), MAX_LANES)
 
 
-def _window_bytes(layout: StreamLayout, shard_formats: Sequence[str], lanes: int) -> float:
-    """Return the decoded bytes of the rows of one window of each lane, of all domains that are decoded in blocks."""
-    is_decoded = np.array([decodes_blocks(name) for name in shard_formats], np.bool_)
-    if not is_decoded.any():
-        return 0.0
-    blocks = layout.blocks
-    table = layout.table
-    block_bytes = blocks.length * layout.expansion[blocks.shard] * is_decoded[blocks.shard]
-    of_entry = block_bytes[table.block]
-    share = table.rows / np.maximum(blocks.rows[table.block], 1)
-    domain = np.repeat(np.arange(table.num_domains), np.diff(table.indptr))
+@dataclass(frozen=True, slots=True)
+class _DecodedSizes:
+    """Decoded bytes of the blocks of each domain that are decoded as a whole; shape (num_domains,) each."""
 
-    def sums(values: Floats) -> Floats:
-        return np.bincount(domain, values, minlength=table.num_domains).astype(np.float64)
+    all_rows: Floats
+    """Bytes of the blocks, with the rows of all domains."""
+    own_rows: Floats
+    """Bytes of the domain's own rows in them."""
+    window: Floats
+    """Bytes of a window, with the rows of all domains: at least one block."""
 
-    decoded = sums(of_entry)
-    own = sums(of_entry * share)
-    mean_block = decoded / np.maximum(sums((of_entry > 0).astype(np.float64)), 1)
-    # A domain has no more windows than blocks.
-    in_use = np.minimum(lanes * np.maximum(mean_block, layout.order.window_bytes), decoded)
-    return float((in_use * own / np.maximum(decoded, 1)).sum())
+    @classmethod
+    def of(cls, layout: StreamLayout, shard_formats: Sequence[str]) -> "_DecodedSizes":
+        """Return the sizes of the domains of a layout."""
+        blocks = layout.blocks
+        table = layout.table
+        is_decoded = np.array([decodes_blocks(name) for name in shard_formats], np.bool_)
+        block_bytes = blocks.length * layout.expansion[blocks.shard] * is_decoded[blocks.shard]
+        of_entry = block_bytes[table.block]
+        share = table.rows / np.maximum(blocks.rows[table.block], 1)
+        domain = np.repeat(np.arange(table.num_domains), np.diff(table.indptr))
+
+        def sums(values: Floats) -> Floats:
+            return np.bincount(domain, values, minlength=table.num_domains).astype(np.float64)
+
+        all_rows = sums(of_entry)
+        mean_block = all_rows / np.maximum(sums((of_entry > 0).astype(np.float64)), 1)
+        return cls(all_rows, sums(of_entry * share), np.maximum(mean_block, layout.order.window_bytes))
+
+    def window_bytes(self, lanes: int) -> float:
+        """Return the bytes of the rows of one window of each lane, of all domains."""
+        # A domain has no more windows than blocks.
+        in_use = np.minimum(lanes * self.window, self.all_rows)
+        return float((in_use * self.own_rows / np.maximum(self.all_rows, 1)).sum())

@@ -21,6 +21,7 @@ from mixtera_hpc.core.domain_keys import domain_key_to_plain
 from mixtera_hpc.core.holdout import shard_hash_keys
 from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable, IndexTables
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.dataplane.reading.lane_count import default_lanes
 from mixtera_hpc.dataplane.reading.stream_layout import ShardFacts, StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts, encoding_digest
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import no_shard_states, shard_states
@@ -81,6 +82,8 @@ class IndexDescription:
     """Row stores that rows of compressed files are served from."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
+    default_lanes: int
+    """The number of lanes if the configuration sets none; see `lane_count`."""
 
     def shard_facts(self) -> ShardFacts:
         """Return what the streams depend on."""
@@ -256,6 +259,7 @@ def _describe(
         row_stores=configured_row_stores(config, index),
         where_after_drops=subset.restrict(config.query.where),
         domain_items=layout.epoch_items().tolist(),
+        default_lanes=default_lanes(config.dataplane, layout, tables.shards.format),
     )
 
 

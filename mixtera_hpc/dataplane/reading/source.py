@@ -29,7 +29,6 @@ from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, Mix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
-from mixtera_hpc.dataplane.reading.lane_count import default_lanes
 from mixtera_hpc.dataplane.reading.lookup.block_samples import ReadBlocks
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
@@ -327,7 +326,7 @@ def _make_source(
     check_same_tokenizer(config, index.encoding, tokenizer)
     layout = StreamLayout.of_config(config, tables.domains, tables.blocks, index.shard_facts(), tokenizer)
     if plane.lanes is None:
-        plane = replace(plane, lanes=default_lanes(plane, layout, index.shard_formats))
+        plane = replace(plane, lanes=index.default_lanes)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
     version = StreamVersion.start(len(epoch_items))

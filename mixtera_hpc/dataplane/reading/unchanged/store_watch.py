@@ -29,7 +29,7 @@ class StoreWatch:
         """
         self._index = store.index
         self._tokens_digest: str | None = store.tokens_digest
-        """None after a refresh, which appends tokens."""
+        """Digest of the tokens at the start; None after a refresh, which appends tokens."""
         self._files = StoreFiles(Path(store.folder))
         # Looked up before the header is read: a later change then differs from these states.
         self._states = self._current_states()
