@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mixtera_hpc.formats.codecs.varints import read_varint
+from mixtera_hpc.formats.codecs.limits.thrift_structs import read_struct
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
 __all__ = ["ChunkSize", "chunk_size"]
 
@@ -26,8 +27,12 @@ _DICTIONARY_ENCODINGS = (2, 8)
 _DELTA_BYTE_ARRAY = 7
 # Physical type → bytes of a decoded value; texts have an offset each.
 _VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
-# Types of the compact protocol (Thrift).
-_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+MAX_NUMBER = (1 << 31) - 1
+"""Largest number in a page header: all of them are 32-bit."""
+SPARE_PAGES = 1000
+"""Pages that a chunk may have beyond one for each of its values. Some writers leave empty pages."""
+MAX_ENTRIES = 1 << 20
+"""Entries of a dictionary that are looked at; their number would otherwise set the time."""
 
 
 @dataclass(slots=True)
@@ -100,12 +105,21 @@ class _Page:
 
 
 def _pages(fd: int, column: Any) -> Iterator[_Page]:
+    file_bytes = os.fstat(fd).st_size
     position = _first_byte(column)
     end = position + column.total_compressed_size
+    pages_left = column.num_values + SPARE_PAGES
     while position < end:
+        if not 0 <= position < file_bytes:
+            raise ValueError(f"a page begins at byte {position}")
         page = _read_header(fd, position)
+        if page.start + page.stored_bytes > file_bytes:
+            raise ValueError(f"the page at byte {position} ends after the file")
+        if pages_left <= 0:
+            raise ValueError(f"the column {column.path_in_schema} has more pages than its {column.num_values} values")
         yield page
         position = page.start + page.stored_bytes
+        pages_left -= 1
 
 
 def _first_byte(column: Any) -> int:
@@ -116,18 +130,16 @@ def _first_byte(column: Any) -> int:
 
 
 def _read_header(fd: int, position: int) -> _Page:
-    if position < 0:
-        raise ValueError(f"a page begins at byte {position}")
     size = HEADER_BYTES
     while True:
-        data = os.pread(fd, size, position)
+        data = read_fully(fd, size, position)
         try:
-            fields, length = _read_struct(data, 0)
+            fields, length = read_struct(data, 0)
             break
         except IndexError:
             if len(data) < size or size >= MAX_HEADER_BYTES:
                 raise ValueError(f"the page header at byte {position} is cut off") from None
-            size *= 16
+            size = min(16 * size, MAX_HEADER_BYTES)
     of_values = fields.get(5) or fields.get(8) or {}
     if not isinstance(of_values, dict):
         raise ValueError(f"the page header at byte {position} is damaged")
@@ -136,7 +148,7 @@ def _read_header(fd: int, position: int) -> _Page:
     stored = fields.get(3, -1)
     num_values = of_values.get(1, 0)
     numbers = (decoded, stored, num_values)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and 0 <= number <= MAX_NUMBER for number in numbers):
         raise ValueError(f"the page header at byte {position} is damaged")
     return _Page(
         start=position + length,
@@ -149,76 +161,26 @@ def _read_header(fd: int, position: int) -> _Page:
 
 
 def _longest_entry(fd: int, column: Any, page: _Page) -> int:
-    """Return the bytes of the longest entry of a dictionary: a length of four bytes stands before each."""
-    data = os.pread(fd, page.stored_bytes, page.start)
+    """Return the bytes of the longest entry of a dictionary, or more if it has very many.
+
+    A length of four bytes stands before each entry.
+    """
+    data = read_fully(fd, page.stored_bytes, page.start)
     if column.compression != "UNCOMPRESSED":
         # pyarrow has one name for two ways to frame LZ4; without a look inside, the bound is high, but not wrong.
-        codec = pa.Codec("lz4_raw" if column.compression == "LZ4" else column.compression.lower())
+        name = "lz4_raw" if column.compression == "LZ4" else column.compression.lower()
         try:
-            data = codec.decompress(data, page.decoded_bytes).to_pybytes()
-        except (pa.ArrowException, OSError):
+            data = pa.Codec(name).decompress(data, page.decoded_bytes).to_pybytes()
+        except (pa.ArrowException, OSError, ValueError):
             return page.decoded_bytes
     longest = 0
     position = 0
-    while position < len(data):
+    for _ in range(MAX_ENTRIES):
+        if position >= len(data):
+            break
         length = int.from_bytes(data[position : position + 4], "little")
         longest = max(longest, length)
         position += 4 + length
+    # An entry behind those has at most all bytes that are left.
+    longest = max(longest, len(data) - position)
     return min(longest, page.decoded_bytes)
-
-
-def _read_struct(data: bytes, position: int) -> tuple[dict[int, Any], int]:
-    """Return the numbers and structs of a struct by the number of their field, and the position after it.
-
-    Raises:
-        IndexError: the data ends inside it.
-    """
-    fields: dict[int, Any] = {}
-    number = 0
-    while head := data[position]:
-        position += 1
-        if head >> 4:
-            number += head >> 4
-        else:
-            number, position = _read_signed(data, position)
-        value, position = _read_value(data, position, head & 15)
-        fields[number] = value
-    return fields, position + 1
-
-
-def _read_value(data: bytes, position: int, kind: int) -> tuple[Any, int]:
-    """Return a value and the position after it; texts and collections are skipped."""
-    if kind in (_TRUE, _FALSE):
-        return kind == _TRUE, position
-    if kind == _BYTE:
-        return data[position], position + 1
-    if kind in (_I16, _I32, _I64):
-        return _read_signed(data, position)
-    if kind == _STRUCT:
-        return _read_struct(data, position)
-    if kind == _DOUBLE:
-        return None, position + 8
-    if kind == _BINARY:
-        length, position = read_varint(data, position)
-        # Raises where the text is not in `data` yet.
-        return None, position + length if position + length < len(data) else len(data)
-    if kind in (_LIST, _SET):
-        return None, _skip_list(data, position)
-    raise ValueError("a page header has a field of an unknown type")
-
-
-def _skip_list(data: bytes, position: int) -> int:
-    head = data[position]
-    position += 1
-    count = head >> 4
-    if count == 15:
-        count, position = read_varint(data, position)
-    for _ in range(count):
-        _, position = _read_value(data, position, head & 15)
-    return position
-
-
-def _read_signed(data: bytes, position: int) -> tuple[int, int]:
-    """Return a zigzag-coded integer and the position after it."""
-    value, position = read_varint(data, position)
-    return (value >> 1) ^ -(value & 1), position
