@@ -38,6 +38,7 @@ from mixtera_hpc.dataplane.reading import lane_count
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
+from mixtera_hpc.dataplane.reading.processes.reader_memory import ReaderMemory
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
 
@@ -115,7 +116,7 @@ def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows:
     per_node = min(RANKS_PER_NODE, job.ranks)
     source = open_source(config, Local())
     memory = share_blocks(Local(), config, source.index.shard_formats, per_node)
-    source = replace(source, readers_per_node=per_node, block_memory=memory)
+    source = replace(source, memory=ReaderMemory(num_readers=per_node, blocks=memory))
     first_rank = job.ranks // 2 // per_node * per_node
     slices = [BatchSlice(group=first_rank + number, num_groups=job.ranks) for number in range(per_node)]
     makers = [BatchMaker(source, of_rank, audit=False) for of_rank in slices]

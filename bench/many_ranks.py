@@ -94,7 +94,8 @@ class Node:
     def __init__(self, source: Source, num_ranks: int, *, has_shared_windows: bool) -> None:
         self.num_ranks = num_ranks
         self.size = min(num_ranks, NODE_RANKS)
-        self._source = replace(source, window_memory=share_windows(Local(), self.size) if has_shared_windows else None)
+        windows = share_windows(Local(), self.size) if has_shared_windows else None
+        self._source = replace(source, memory=replace(source.memory, windows=windows))
         self._makers = [
             BatchMaker(self._source, BatchSlice(group=rank, num_groups=num_ranks), audit=False)
             for rank in range(self.size)

@@ -21,28 +21,19 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["DomainKey", "DomainTable", "LimitDomains", "Selection", "keys_for_group_by", "select"]
+__all__ = ["DomainKey", "DomainRule", "DomainTable", "LimitDomains", "Selection", "keys_for_group_by", "select"]
 
 LimitDomains = Callable[[Predicate, DomainAssignment], Predicate]
 """A function that returns a predicate which selects fewer samples of some domains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """The result of a query: the selected samples by domain, and statistics of the rest."""
+class DomainRule:
+    """The rule by which samples are selected and belong to domains."""
 
-    table: DomainTable
     predicate: Predicate
     assignment: DomainAssignment
     """The domain of every sample, whether or not the predicate selects it."""
-    selected: tuple[int, int]
-    """Samples and tokens that the predicate selects."""
-    unassigned: tuple[int, int]
-    """Samples and tokens that the predicate selects and that match no key."""
-    overlaps: tuple[tuple[int, int, int], ...]
-    """(domain, later domain, samples): samples of the first domain that match the later key as well."""
-    pruning: PruningStatistics = field(default_factory=PruningStatistics)
-    """Blocks by the way they were decided."""
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
         """Return the domain of every sample of `columns`, -1 for none; shape (rows,)."""
@@ -52,6 +43,21 @@ class Selection:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
             domain = np.where(self.predicate.evaluate(entries).must_match, domain, NO_DOMAIN).astype(np.int32)
         return domain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection(DomainRule):
+    """The result of a query: the rule, the samples that it selects by domain, and statistics of the rest."""
+
+    table: DomainTable
+    selected: tuple[int, int]
+    """Samples and tokens that the predicate selects."""
+    unassigned: tuple[int, int]
+    """Samples and tokens that the predicate selects and that match no key."""
+    overlaps: tuple[tuple[int, int, int], ...]
+    """(domain, later domain, samples): samples of the first domain that match the later key as well."""
+    pruning: PruningStatistics = field(default_factory=PruningStatistics)
+    """Blocks by the way they were decided."""
 
 
 def keys_for_group_by(

@@ -119,7 +119,7 @@ class HeldOutBatches:
         )
         self._local_batch_size = batch_slice.size_of(global_batch_size)
         # No process reads held-out samples, so the copy of the tables for processes is freed.
-        self._source = replace(source, planner=self._planner, table_memory=None)
+        self._source = replace(source, planner=self._planner, memory=replace(source.memory, tables=None))
         self._slice = batch_slice
         self._losses: dict[int, StepLosses] = {}
         """Losses of the batches handed out since the last `reduce`, by their step."""

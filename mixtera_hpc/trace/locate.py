@@ -73,10 +73,10 @@ def _find_place(source: Source, shard: str, row: int) -> _RowPlace | None:
     if not len(holding):
         raise DataError(f"{shard} has rows 0 to {int(blocks.rows[of_shard].sum()) - 1} in the index, not row {row}.")
 
-    columns = source.make_block_reader()(holding.astype(np.int32))
+    columns = source.samples.make_block_reader()(holding.astype(np.int32))
     row_in_block = row - int(blocks.first_row[holding[0]])
-    domain = int(source.domain_of(columns)[row_in_block])
-    if domain < 0 or not source.is_not_dropped(columns)[row_in_block]:
+    domain = int(source.samples.domain_of(columns)[row_in_block])
+    if domain < 0 or not source.samples.is_not_dropped(columns)[row_in_block]:
         return None
     return _RowPlace(domain, int(holding[0]), row_in_block)
 

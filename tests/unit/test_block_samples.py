@@ -26,7 +26,7 @@ class CountedReads:
 
     def __init__(self, source: Source) -> None:
         self.counts = np.zeros(len(source.blocks), np.int64)
-        self._read = source.make_block_reader()
+        self._read = source.samples.make_block_reader()
 
     def __call__(self, blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         self.counts[blocks] += 1
@@ -41,7 +41,7 @@ def visits(source: Source) -> list[NDArray[np.int32]]:
 
 def test_blocks_in_memory_are_not_read_again(source: Source) -> None:
     read = CountedReads(source)
-    samples = BlockSamples(source.layout, read, source.domain_of, None, 1 << 20)
+    samples = BlockSamples(source.layout, read, source.samples.domain_of, None, 1 << 20)
     for blocks in visits(source):
         samples.load(blocks)
     assert set(read.counts[np.concatenate(visits(source))].tolist()) == {1}
@@ -50,18 +50,18 @@ def test_blocks_in_memory_are_not_read_again(source: Source) -> None:
 @pytest.mark.parametrize("num_blocks", [0, 1, 20])
 def test_memory_is_bounded_and_every_domain_is_found(source: Source, num_blocks: int) -> None:
     block_rows = int(source.blocks.rows.max())
-    probe = BlockSamples(source.layout, source.make_block_reader(), source.domain_of, None, 1)
+    probe = BlockSamples(source.layout, source.samples.make_block_reader(), source.samples.domain_of, None, 1)
     max_bytes = num_blocks * block_rows * probe.columns.row_bytes
     read = CountedReads(source)
-    samples = BlockSamples(source.layout, read, source.domain_of, None, max_bytes)
-    single = source.make_block_reader()
+    samples = BlockSamples(source.layout, read, source.samples.domain_of, None, max_bytes)
+    single = source.samples.make_block_reader()
     for blocks in visits(source):
         samples.load(blocks)
         # Blocks that are requested together are in memory together.
         assert len(samples.columns) <= max(num_blocks, len(blocks)) * block_rows
         for block in blocks.tolist():
             columns = single(np.array([block], np.int32))
-            domain = source.domain_of(columns)
+            domain = source.samples.domain_of(columns)
             wanted = np.arange(source.num_domains)
             first, stop = samples.locate(np.full(len(wanted), block), wanted)
             for own in wanted.tolist():
@@ -86,14 +86,14 @@ def test_domains_of_blocks_with_one_domain_are_not_read(tmp_path: Path) -> None:
     # Blocks: a 4 and 2 rows, b 4 and 2, mixed 4 and 4.
     assert source.layout.only_domains().tolist() == [0, 0, 1, -1, -1, -1]
 
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
     sizes_of: dict[int, bool] = {}
 
     def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         sizes_of.update(dict.fromkeys(blocks.tolist(), only_sizes))
         return read(blocks, only_sizes=only_sizes)
 
-    samples = BlockSamples(source.layout, counted, source.domain_of, source.is_not_dropped, 1 << 20)
+    samples = BlockSamples(source.layout, counted, source.samples.domain_of, source.samples.is_not_dropped, 1 << 20)
     block, domain, row = samples.samples_of(np.arange(6, dtype=np.int32))
     assert sizes_of == {0: True, 1: True, 2: True, 3: False, 4: False, 5: False}
     served = set(zip(block.tolist(), domain.tolist(), row.tolist(), strict=True))

@@ -19,6 +19,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
+from mixtera_hpc.dataplane.reading.processes.reader_memory import ReaderMemory
 from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, cost_with_more_lanes, decode_cost
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
@@ -101,7 +102,7 @@ def counted_on_nodes(source: Source, ranks: int, per_node: int) -> float:
     decoded = served = 0
     for first in range(0, ranks, per_node):
         memory = share_blocks(Local(), source.config, source.index.shard_formats, per_node)
-        on_node = replace(source, readers_per_node=per_node, block_memory=memory)
+        on_node = replace(source, memory=ReaderMemory(num_readers=per_node, blocks=memory))
         slices = [BatchSlice(group=first + number, num_groups=ranks) for number in range(per_node)]
         makers = [BatchMaker(on_node, of_rank, audit=False) for of_rank in slices]
         state = PlannerState.start(source.num_domains)

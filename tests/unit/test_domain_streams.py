@@ -35,14 +35,14 @@ def test_the_window_cache_stays_within_its_budget(
     source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", budget_bytes)
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
     reads = []
 
     def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         reads.append(blocks)
         return read(blocks, only_sizes=only_sizes)
 
-    streams = DomainStreams(source.layout, counted, source.domain_of)
+    streams = DomainStreams(source.layout, counted, source.samples.domain_of)
     for _, item in zip(range(6), visits(source), strict=False):
         assert len(streams.documents(0, item, item + 1).block) == 1
     assert len(reads) == num_reads
@@ -58,7 +58,7 @@ def test_windows_of_past_epochs_are_dropped(source: Source, monkeypatch: pytest.
 
 
 def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(source: Source) -> None:
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
     reads = []
 
     def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
@@ -69,7 +69,7 @@ def test_windows_that_are_needed_soon_are_built_with_those_that_are_missing(sour
     # Windows are blocks. After the first items, most of the window remains; after its last item, nothing does.
     for start, stop, num_blocks in ((0, 1, 1), (end - 1, end, 2)):
         reads.clear()
-        streams = DomainStreams(source.layout, counted, source.domain_of)
+        streams = DomainStreams(source.layout, counted, source.samples.domain_of)
         streams.documents(0, start, stop)
         assert sum(reads) == num_blocks
         streams.documents(0, end, end + 1)
@@ -85,13 +85,13 @@ def test_epochs_of_permuted_sequences_share_their_windows(collection: list[str])
 
 
 def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: Source) -> None:
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
 
     def wrong(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         columns = read(blocks, only_sizes=only_sizes)
         return replace(columns, tokens=columns.tokens + 1)
 
-    streams = DomainStreams(source.layout, wrong, source.domain_of)
+    streams = DomainStreams(source.layout, wrong, source.samples.domain_of)
     with pytest.raises(DataError, match=r"items, the index counted \d+: the index file is damaged"):
         streams.documents(0, 0, 1)
 
@@ -99,7 +99,7 @@ def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: So
 def base_order(source: Source, domain: int) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield block, row, size, offset and length of every document of a stream, computed row by row."""
     layout = source.layout
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
     for epoch in count():
         order = layout.epoch_order(domain, epoch)
         for window in range(len(order.first_block) - 1):
@@ -110,7 +110,7 @@ def base_order(source: Source, domain: int) -> Iterator[tuple[int, int, int, int
                 sizes = samples.tokens + layout.added_tokens(np.full(len(samples.tokens), block, np.int32))
                 places = zip(sizes.tolist(), offsets.tolist(), samples.length.tolist(), strict=True)
                 of_block = [(block, row, *place) for row, place in enumerate(places)]
-                rows += [of_block[row] for row in np.flatnonzero(source.domain_of(samples) == domain).tolist()]
+                rows += [of_block[row] for row in np.flatnonzero(source.samples.domain_of(samples) == domain).tolist()]
             yield from (rows[i] for i in layout.order.rows(domain, epoch, window, len(rows)).tolist())
 
 

@@ -71,13 +71,13 @@ def test_documents_are_those_of_every_epoch(source: Source, monkeypatch: pytest.
 
 def test_a_damaged_domain_is_refused_every_time(source: Source) -> None:
     """A read that fails is repeated step by step."""
-    read = source.make_block_reader()
+    read = source.samples.make_block_reader()
 
     def wrong(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
         columns = read(blocks, only_sizes=only_sizes)
         return replace(columns, tokens=columns.tokens + 1)
 
-    streams = DomainStreams(source.layout, wrong, source.domain_of)
+    streams = DomainStreams(source.layout, wrong, source.samples.domain_of)
     domain = source.layout.epoch_items().argmin()
     span = np.array([domain]), np.array([0]), 3 * source.layout.epoch_items()[[domain]]
     for _ in range(2):

@@ -15,13 +15,12 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.reading import source as source_module
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.lookup import shared_windows
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
-from mixtera_hpc.dataplane.reading.processes import block_memory
+from mixtera_hpc.dataplane.reading.processes import block_memory, reader_memory
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_windows
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
@@ -56,14 +55,14 @@ class Reader:
 
     def __init__(self, source: Source, fd: int | None) -> None:
         self.blocks: list[int] = []
-        read = source.make_block_reader()
+        read = source.samples.make_block_reader()
 
         def counted(blocks: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
             self.blocks += blocks.tolist()
             return read(blocks, only_sizes=only_sizes)
 
         shared = None if fd is None else SharedWindows(fd)
-        self.streams = DomainStreams(source.layout, counted, source.domain_of, shared=shared)
+        self.streams = DomainStreams(source.layout, counted, source.samples.domain_of, shared=shared)
 
     def epoch(self, source: Source, epoch: int) -> Columns:
         """Return all documents of an epoch of all domains, as columns."""
@@ -136,13 +135,13 @@ def test_every_source_has_memory_of_its_own(collection: list[str]) -> None:
     """Windows of another selection or seed have the same names."""
     config = compose(collection)
     sources = run_ranks(2, lambda comm: [open_source(config, comm) for _ in range(2)])
-    memories = [[source.window_memory for source in of_rank] for of_rank in sources]
+    memories = [[source.memory.windows for source in of_rank] for of_rank in sources]
     inodes = [[os.fstat(memory.fd).st_ino for memory in of_rank if memory is not None] for of_rank in memories]
     assert inodes[0] == inodes[1]
     assert len(set(inodes[0])) == 2
     # Reading processes get it too.
     _, arguments = sources[0][0].__reduce__()
-    assert arguments[-1]["window_memory"] is memories[0][0]
+    assert arguments[-1].windows is memories[0][0]
 
 
 def test_a_window_that_the_memory_does_not_keep_is_built_without_its_lock(
@@ -188,5 +187,5 @@ def test_ranks_that_share_windows_serve_the_same_batches(
     shared = run_ranks(4, lambda comm: read_steps(config, comm))
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == num_open
-    monkeypatch.setattr(source_module, "share_windows", lambda _comm, _readers: None)
+    monkeypatch.setattr(reader_memory, "share_windows", lambda _comm, _readers: None)
     assert run_ranks(4, lambda comm: read_steps(config, comm)) == shared

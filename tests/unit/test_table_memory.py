@@ -59,7 +59,7 @@ def test_only_a_plane_that_may_read_in_processes_keeps_the_memory(
         held_out = plane.held_out()
         assert num_memories() == before + 1
         assert next(iter(held_out.batches())).step < 0
-    assert open_source(config, Local(), check=False).table_memory is None
+    assert open_source(config, Local(), check=False).memory.tables is None
 
 
 def test_descriptors_are_closed() -> None:

@@ -61,7 +61,8 @@ def test_a_worker_that_cannot_open_shared_memory_leaves_a_message(
     source, plan = opened(collection)
     # A socket cannot be opened by its descriptor.
     with socket.socket() as closed:
-        workers = Workers(replace(source, window_memory=BlockMemory(closed.detach())), SHARE, 1)
+        memory = replace(source.memory, windows=BlockMemory(closed.detach()))
+        workers = Workers(replace(source, memory=memory), SHARE, 1)
     with pytest.raises(DataError, match=r"ended with exit code 1[^$]*dataplane.workers=0"):
         list(workers.batches(plan, 0))
     workers.close()

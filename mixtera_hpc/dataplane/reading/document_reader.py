@@ -88,7 +88,9 @@ class DocumentReader:
         """
         self._source = source
         index = source.index
-        self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states, source.shard_stamps)
+        self._guard = ShardGuard(
+            index.data_root, index.shard_paths, source.tables.shard_states, source.memory.shard_stamps
+        )
         self._rows = RowReader(source, self._guard, streams, window_share)
         self._rows.compare_before_use = self._compare_before_use
         self._texts = TextGather(source, self._rows)

@@ -4,7 +4,7 @@ It knows how large each domain is, in which order its samples come, and which by
 and only by the ranks that serve them: a rank opens the index file when it first needs the samples of a block.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,49 +13,37 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.batch_ramp import batch_schedule_of
-from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domain_keys import parse_domain_key
-from mixtera_hpc.core.domains import Selection
-from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_fractions, restrict_to_split
-from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
+from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.lanes import LaneOrder
 from mixtera_hpc.core.planner import Planner
-from mixtera_hpc.core.properties import ComboTable
-from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
-from mixtera_hpc.dataplane.reading.lookup.block_samples import ReadBlocks
+from mixtera_hpc.dataplane.reading.lookup.selected_samples import SelectedSamples, select_samples
 from mixtera_hpc.dataplane.reading.lookup.shared_windows import SharedWindows
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
-from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE, BlockMemory, share_blocks, share_windows
-from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
-from mixtera_hpc.dataplane.reading.processes.table_memory import TableMemory, share_tables
+from mixtera_hpc.dataplane.reading.processes.reader_memory import ReaderMemory, share_reader_memory
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
     read_shared_index,
-    select_subset,
     share_index,
 )
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_same_tokenizer
-from mixtera_hpc.dataplane.reading.unchanged.shard_stamps import ShardStamps, share_stamps
 from mixtera_hpc.dataplane.resume.source_identity import source_identity
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
-from mixtera_hpc.index.read.document_filter import DOCUMENT_NUMBER, NamedDocuments, add_document_numbers
-from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.selection import check_split
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
-__all__ = ["Source", "count_samples", "open_source"]
+__all__ = ["Source", "open_source"]
 
 
 # Without slots: `cached_property` keeps its value in the dict of the instance.
@@ -67,28 +55,18 @@ class Source:
     index: IndexDescription
     tables: SharedTables
     layout: StreamLayout
-    selection: Selection
+    samples: SelectedSamples
     grid: SequenceGrid
     tokenizer: Tokenizer | None
     mixture_context: MixtureContext
     planner: Planner
     subset: SampleSubset
     """The side of the holdout that is served, and what was dropped."""
-    drop_filter: Predicate | None
-    """Matches the samples that are served after drops; None when nothing is dropped."""
     stream_version: StreamVersion
     lanes: LaneOrder
     """Mapping between served sequences and sequences of the streams."""
-    readers_per_node: int = 1
-    """Ranks and worker processes of a node, which share `data.cache_bytes`."""
-    table_memory: TableMemory | None = None
-    """Shared memory with `tables`, for other processes; None if they get a copy."""
-    block_memory: BlockMemory | None = None
-    """Shared memory for decoded blocks; None if every process decodes for itself."""
-    window_memory: BlockMemory | None = None
-    """Shared memory for built windows; None if every process builds its own."""
-    shard_stamps: ShardStamps | None = None
-    """Look-ups of shards by the processes of this node; None if every process makes its own."""
+    memory: ReaderMemory = field(default_factory=ReaderMemory)
+    """Memory that the processes of this node share."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the tables, or where they are. The rest is computed again."""
@@ -96,26 +74,20 @@ class Source:
             self.config,
             self.index,
             self.subset,
-            self.tables.pack() if self.table_memory is None else self.table_memory,
+            self.memory.tables or self.tables.pack(),
             self.stream_version,
-            self.readers_per_node,
-            {"block_memory": self.block_memory, "window_memory": self.window_memory, "shard_stamps": self.shard_stamps},
+            replace(self.memory, tables=None),
         )
 
     @property
     def cache_bytes(self) -> int:
         """Memory for decoded rows in each process that reads."""
-        own_share = 1.0 if self.block_memory is None else 1.0 - SHARED_SHARE
-        return int(self.config.data.cache_bytes * own_share) // self.readers_per_node
+        return self.memory.cache_bytes_per_reader(self.config.data.cache_bytes)
 
     @property
     def blocks(self) -> BlockTable:
         """All blocks of the index, without zones."""
         return self.tables.blocks
-
-    @property
-    def combos(self) -> ComboTable:
-        return self.tables.combos
 
     @property
     def num_domains(self) -> int:
@@ -142,7 +114,7 @@ class Source:
 
         Without drops the weights stay: a domain without samples is then refused, not passed over.
         """
-        if self.drop_filter is None:
+        if self.samples.drop_filter is None:
             return weights
         # The planner gives the share of a dropped domain to the others.
         return np.where(self.planner.capacity > 0, weights, 0.0)
@@ -197,51 +169,17 @@ class Source:
         served = self.stream_version.origins[ended] + cursors[ended] * self.grid.stride + behind
         return int((items - served).sum())
 
-    def make_block_reader(self) -> ReadBlocks:
-        """Return a function that reads the sample columns of some blocks."""
-        # Nothing is opened yet: many ranks never read some of several indexes.
-        reader = open_samples(self.index.sample_sources)
-        blocks = self.blocks
-        holdout_keys = self.tables.holdout_keys
-
-        # Only the columns that this run evaluates are read and decompressed.
-        numbers = self.selection.predicate.numbers | self.selection.assignment.numbers
-        if self.drop_filter is not None:
-            numbers |= self.drop_filter.numbers
-        sizes = {"length", "tokens"} if self.layout.in_tokens else {"length"}
-        columns = {*sizes, "combo", *(f"numbers/{name}" for name in numbers)}
-
-        def read_blocks(chosen: NDArray[np.int32], /, *, only_sizes: bool = False) -> SampleColumns:
-            first_samples = blocks.first_sample[chosen].tolist()
-            samples = reader.read_many(first_samples, blocks.rows[chosen].tolist(), sizes if only_sizes else columns)
-            if only_sizes:
-                return samples
-            if DOCUMENT_NUMBER in numbers:
-                samples = add_document_numbers(samples, blocks, chosen)
-            return samples if holdout_keys is None else add_holdout_hashes(samples, holdout_keys, blocks, chosen)
-
-        return read_blocks
-
-    def domain_of(self, columns: SampleColumns) -> NDArray[np.int32]:
-        """Return the domain of every sample, dropped or not, or -1 for none; shape (rows,)."""
-        return self.selection.domain_of(self.combos, columns)
-
-    def is_not_dropped(self, columns: SampleColumns) -> NDArray[np.bool_]:
-        """Return which samples drops leave in the streams; shape (rows,)."""
-        if self.drop_filter is None:
-            return np.ones(len(columns.combo), np.bool_)
-        entries = Entries.of_samples(self.combos, columns.combo, columns.numbers)
-        return self.drop_filter.evaluate(entries).must_match
-
     def streams(self) -> DomainStreams:
         """Return a view of the streams for one reading thread."""
+        samples = self.samples
+        windows = self.memory.windows
         return DomainStreams(
             self.layout,
-            self.make_block_reader(),
-            self.domain_of,
-            None if self.drop_filter is None else self.is_not_dropped,
+            samples.make_block_reader(),
+            samples.domain_of,
+            None if samples.drop_filter is None else samples.is_not_dropped,
             self.stream_version.served,
-            None if self.window_memory is None else SharedWindows(self.window_memory.fd),
+            None if windows is None else SharedWindows(windows.fd),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -276,31 +214,13 @@ def open_source(
     description, tables = share_index(comm, own)
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
-    readers = comm.local_size * (config.dataplane.workers or 1)
+    source = _make_source(config, description, subset, tables, tokenizer)
     # Without the check, a command only looks rows up, and no batch is served.
-    has_processes = check and may_use_processes(config)
-    source = replace(
-        _make_source(config, description, subset, tables, tokenizer),
-        readers_per_node=readers,
-        table_memory=share_tables(comm, tables.pack()) if has_processes else None,
-        block_memory=share_blocks(comm, config, description.shard_formats, readers) if check else None,
-        window_memory=share_windows(comm, readers) if check else None,
-        shard_stamps=share_stamps(comm, len(description.shard_paths), readers) if check else None,
-    )
+    if check:
+        source = replace(source, memory=share_reader_memory(comm, config, description, tables))
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
     return source
-
-
-def count_samples(config: Config, subset: SampleSubset = TRAINING_SAMPLES) -> int:
-    """Return how many samples of `subset` all domains have together; opens only the index.
-
-    Raises:
-        ConfigError: `query.where` or a drop does not parse, or names what the index does not have.
-    """
-    with open_configured(config) as index:
-        rows, _ = select_subset(config, index, subset).selection.table.totals()
-    return int(rows.sum())
 
 
 def _rebuild_source(
@@ -309,13 +229,12 @@ def _rebuild_source(
     subset: SampleSubset,
     arrays: list[NDArray[Any]],
     version: StreamVersion,
-    readers_per_node: int,
-    memories: dict[str, Any],
+    memory: ReaderMemory,
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
     source = _make_source(config, index, subset, tables, load_vocabulary(config.dataplane))
-    return replace(source.at_version(version), readers_per_node=readers_per_node, **memories)
+    return replace(source.at_version(version), memory=memory)
 
 
 def _make_source(
@@ -335,7 +254,7 @@ def _make_source(
         index=index,
         tables=tables,
         layout=layout,
-        selection=_selection(config, index, subset.split, tables),
+        samples=select_samples(config, index, tables, subset, in_tokens=layout.in_tokens),
         grid=grid,
         tokenizer=tokenizer,
         mixture_context=_mixture_context(config, index, grid, epoch_items > 0),
@@ -347,32 +266,9 @@ def _make_source(
             last_batch=plane.last_batch,
         ),
         subset=subset,
-        drop_filter=_predicate(config, index, tables, subset.split, index.where_after_drops) if subset.drop else None,
         stream_version=version,
         lanes=sequence_order(plane, grid, epoch_items, version),
     )
-
-
-def _selection(config: Config, index: IndexDescription, split: Split, tables: SharedTables) -> Selection:
-    """Return rank 0's selection, without the counts that only a query prints."""
-    grid = BucketGrid(cuts={name: tuple(cuts) for name, cuts in index.number_cuts.items()})
-    assignment = DomainAssignment(grid=grid, domain=tables.assigned)
-    predicate = _predicate(config, index, tables, split, index.where)
-    fractions = domain_fractions(config.mixture, len(index.domain_names)) if split == "train" else None
-    if fractions is not None:
-        predicate = restrict_to_fractions(predicate, assignment, fractions, config.query.holdout.fraction)
-    none = (0, 0)
-    return Selection(
-        table=tables.domains, predicate=predicate, assignment=assignment, selected=none, unassigned=none, overlaps=()
-    )
-
-
-def _predicate(config: Config, index: IndexDescription, tables: SharedTables, split: Split, text: str) -> Predicate:
-    """Parse a query over the index's properties, restricted to one side of the holdout."""
-    named = NamedDocuments(index.shard_paths, tables.blocks)
-    predicate = parse_predicate(text, {prop.name: prop for prop in index.properties}, named.compile)
-    fraction = config.query.holdout.fraction
-    return restrict_to_split(predicate, fraction, split) if fraction else predicate
 
 
 def _mixture_context(

@@ -67,7 +67,7 @@ class _ServedCarrier:
         self._after = after
         self._streams = before.streams()
         self._documents = SequenceDocuments(before, self._streams)
-        self._read_blocks = after.make_block_reader()
+        self._read_blocks = after.samples.make_block_reader()
         # Positions are carried over in the order in which they were reached: that of the old seed.
         self._same_order = replace(after.layout, order=before.layout.order)
         self._is_shortened = before.subset != after.subset
@@ -118,7 +118,7 @@ class _ServedCarrier:
         blocks, block_number = np.unique(passed.block, return_inverse=True)
         rows = self._after.blocks.rows[blocks].astype(np.int64)
         first_row = np.cumsum(rows) - rows
-        is_served = self._after.is_not_dropped(self._read_blocks(blocks))[first_row[block_number] + passed.row]
+        is_served = self._after.samples.is_not_dropped(self._read_blocks(blocks))[first_row[block_number] + passed.row]
         return position + int((passed.last - passed.first)[is_served].sum())
 
 

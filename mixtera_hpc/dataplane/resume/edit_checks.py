@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.reading.source import count_samples, open_source
+from mixtera_hpc.dataplane.reading.shared_index import select_subset
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
 from mixtera_hpc.dataplane.resume.run_edits import (
     RunEdit,
@@ -24,6 +25,7 @@ from mixtera_hpc.dataplane.resume.run_edits import (
 from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, LaunchError
+from mixtera_hpc.index.read.configured import open_configured
 
 __all__ = ["check_and_record_edit"]
 
@@ -91,8 +93,8 @@ def _check_drop(config: Config, dropped: Sequence[str], drop: Sequence[str]) -> 
     """Log how many samples are dropped; raise if there are none, or if a domain of the mixture would be empty."""
     remaining = SampleSubset(drop=(*dropped, *drop))
     try:
-        num_before = count_samples(config, SampleSubset(drop=tuple(dropped)))
-        num_after = count_samples(config, remaining)
+        num_before = _count_samples(config, SampleSubset(drop=tuple(dropped)))
+        num_after = _count_samples(config, remaining)
     except ConfigError as error:
         raise ConfigError(str(error).replace("query.where", "--drop")) from None
     if num_before == num_after:
@@ -104,3 +106,14 @@ def _check_drop(config: Config, dropped: Sequence[str], drop: Sequence[str]) -> 
         )
     open_source(config, Local(), subset=remaining, check=False)  # Raises if the mixture has a domain without samples.
     _logger.info("%s of %s samples are dropped.", f"{num_before - num_after:,}", f"{num_before:,}")
+
+
+def _count_samples(config: Config, subset: SampleSubset) -> int:
+    """Return how many samples of `subset` all domains have together; opens only the index.
+
+    Raises:
+        ConfigError: `query.where` or a drop does not parse, or names what the index does not have.
+    """
+    with open_configured(config) as index:
+        rows, _ = select_subset(config, index, subset).selection.table.totals()
+    return int(rows.sum())

@@ -126,12 +126,11 @@ class Workers:
             self._items_per_read = min(self._items_per_read, MAX_TOKENS_PER_REQUEST)
         size = self._range_size(count, source.config.dataplane.chunk_steps)
         self._shape = _memory_shape(source, batch_slice, size) if source.layout.in_tokens else None
-        shared = (source.table_memory, source.block_memory, source.window_memory, source.shard_stamps)
-        memories = [memory.fd for memory in shared if memory is not None]
+        descriptors = source.memory.descriptors()
         self._workers: list[_Worker] = []
         try:
             for _ in range(count):
-                self._workers.append(_start_process(self._shape, memories))
+                self._workers.append(_start_process(self._shape, descriptors))
         except OSError as error:
             self.close()
             raise ConfigError(

@@ -81,7 +81,7 @@ class RowReader:
         """Class of a reader → True if it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
         largest_block = source.config.data.largest_block_bytes()
-        memory = source.block_memory
+        memory = source.memory.blocks
         self._shared_blocks = SharedBlocks(memory.fd) if memory is not None else None
         self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block, self._shared_blocks)
         self._resident_rows: dict[bool, ResidentRows] = {}
