@@ -5,7 +5,7 @@ batch that is already on the device, and on the batches of a data plane whose mi
 learned and audited. Rates are those of whole rounds between two synchronisations; the seconds in which the host issues
 the work of one step are measured without any. One more step of each plane runs while torch raises an error for every
 host synchronisation. Without a GPU, a tiny model takes the same way on the CPU, and the table says what was not run.
-At most eight minutes on one GPU.
+At most eight minutes on one GPU: rounds are left out on a slow one. Batches that do not fit into its memory are halved.
 """
 
 import resource
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,17 +33,28 @@ from mixtera_hpc.training.distributed import GradientBuffer
 from mixtera_hpc.training.model import build_model
 
 LEARNING_RATE = 1e-4
+SECONDS_PER_SIZE = 150
+"""After this time, no more rounds of a model begin; two are measured always."""
 GPU_ONLY = (
     "tokens/s of models with 125M to 1B parameters",
     "pinned memory and transfers on a stream of their own",
     "the search for host synchronisations",
     "memory of the device",
 )
-MIXTURES = {
-    "fixed": [],
-    "ADO": ["mixture.kind=dynamic", "mixture.algorithm.name=ado"],
-    "ADO, audit": ["mixture.kind=dynamic", "mixture.algorithm.name=ado", "dataplane.audit=true"],
-}
+ADO = [
+    "mixture.kind=dynamic",
+    "mixture.algorithm.name=ado",
+    *(
+        f"mixture.algorithm.{word}"
+        for word in (
+            # The laws are fitted once before the measured rounds, and again in them.
+            "warmup=4",
+            "refit_interval=10",
+            "first_fitted_step=1",
+        )
+    ),
+]
+MIXTURES = {"fixed": [], "ADO": ADO, "ADO, audit": [*ADO, "dataplane.audit=true"]}
 """Name of a plane → its overrides."""
 
 
@@ -98,15 +109,33 @@ def main() -> None:
     print(
         f"{'model':6} {'batches of':16} {'tokens/s':>11} {'ratio':>6} {'wait p99':>9} {'issue p50':>10} {'p99/p50':>8}"
     )
+    not_run = [] if has_gpu else [f"{text}: torch sees no GPU here" for text in GPU_ONLY]
     for size in sizes:
-        for line in _lines(settings, size, device):
-            lines.append(line)
+        of_size = _lines_that_fit(settings, size, device)
+        for line in of_size:
             rates = f"{line['tokens_per_s']:11,.0f} {line['ratio']:6.3f} {line['wait_p99_share']:8.2%}"
             print(f"{size.name:6} {line['batches']:16} {rates} {line['issue_p50_ms']:7.2f} ms {line['jitter']:8.2f}")
-    not_run = [] if has_gpu else list(GPU_ONLY)
+        if not of_size:
+            not_run.append(f"the model with {size.name} parameters: the device has too little memory")
+        lines += of_size
+        # After each model: what was measured stays if the next one is stopped.
+        write_results("gpu", {"device": _device_name(device), "lines": lines, "not_run": not_run})
     for text in not_run:
-        print(f"Not run, because torch sees no GPU here: {text}.")
-    write_results("gpu", {"device": _device_name(device), "lines": lines, "not_run": not_run})
+        print(f"Not run: {text}.")
+
+
+def _lines_that_fit(settings: list[str], size: ModelSize, device: torch.device) -> list[dict[str, Any]]:
+    """Return the figures of one model, with the largest half of its batch that fits; nothing if none does."""
+    batch_size = size.batch_size
+    while batch_size:
+        try:
+            return list(_lines(settings, replace(size, batch_size=batch_size), device))
+        except torch.OutOfMemoryError:
+            print(f"A batch of {batch_size} does not fit into the memory of the device.")
+        # Behind the handler: the error refers to the frames that hold the model.
+        torch.cuda.empty_cache()
+        batch_size //= 2
+    return []
 
 
 def _lines(settings: list[str], size: ModelSize, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -120,7 +149,10 @@ def _lines(settings: list[str], size: ModelSize, device: torch.device) -> Iterat
         batches = {name: iter(plane) for name, plane in planes.items()}
         staged = trainer.stage(next(batches["fixed"]))
         measured: dict[str, _Measured] = {name: _Measured() for name in ("none", *MIXTURES)}
+        began_s = time.perf_counter()
         for round_number in range(size.rounds + 1):
+            if round_number > 2 and time.perf_counter() - began_s > SECONDS_PER_SIZE:
+                break
             for name, own in measured.items():
                 result = _Measured() if round_number == 0 else own  # The first round warms up.
                 if name == "none":
@@ -137,6 +169,8 @@ def _line(size: ModelSize, name: str, own: _Measured, without: _Measured) -> dic
     step_s = size.batch_size * size.seq_len / statistics.median(own.rates)
     return {
         "model": size.name,
+        "batch_size": size.batch_size,
+        "rounds": len(own.rates),
         "batches": "one on the device" if name == "none" else name,
         "tokens_per_s": statistics.median(own.rates),
         "ratio": statistics.median(a / b for a, b in zip(own.rates, without.rates, strict=True)),

@@ -28,8 +28,9 @@ class DeviceStage:
 
     def __init__(self, device: torch.device) -> None:
         """Allocate nothing yet."""
-        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # "cuda" without a number is another device after `torch.cuda.set_device`.
+        self._device = device if self._stream is None else self._stream.device
         self._buffers: deque[tuple[Tensor, Any]] = deque()
         """Pinned buffers, each with the event that marks the end of its last transfer; the oldest first."""
 
@@ -55,7 +56,7 @@ class DeviceStage:
         # The memory belongs to the transfer's stream; it must not be used again before the trainer's has read it.
         staged.record_stream(compute)
         return [
-            staged[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+            staged[start : start + array.nbytes].view(_dtype_of(array)).view(array.shape)
             for start, array in zip(starts, arrays, strict=False)
         ]
 
@@ -73,3 +74,8 @@ class DeviceStage:
 def _writeable(array: NDArray[Any]) -> NDArray[Any]:
     """Return an array that torch may refer to."""
     return array if array.flags.writeable else array.copy()
+
+
+def _dtype_of(array: NDArray[Any]) -> torch.dtype:
+    """Return the data type of a tensor with the content of `array`."""
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -192,7 +192,10 @@ class PlaneTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counted = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().to(device)
+        counted = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
+        # A copy from memory that is not pinned would wait for the step before.
+        is_cuda = device.type == "cuda"
+        counted = (counted.pin_memory() if is_cuda else counted).to(device, non_blocking=is_cuda)
         if self.args.world_size > 1:
             counted = self.accelerator.reduce(counted, "sum")
         return batches, counted.clamp(min=1)

@@ -6,6 +6,7 @@ in which the device adds. Price: 1 byte per token to the device (the loss mask),
 the batch and 16 bytes per sequence.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,35 @@ from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.core.statistics import QUANTA_PER_NAT as STATISTICS_QUANTA_PER_NAT
 from mixtera_hpc.dataplane.steps.loss_sums import MAX_QUANTA, QUANTA_PER_NAT, WRAP_LIMIT, Ints, Rows, SequenceSums
 
-__all__ = ["DeviceSums"]
+__all__ = ["DeviceSums", "HostCopy"]
+
+
+class HostCopy:
+    """The content that a tensor has at this place of its device's stream, on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Start the copy. A tensor on the CPU is copied at once."""
+        is_cuda = tensor.device.type == "cuda"
+        # Only a copy to pinned memory is asynchronous. torch keeps pinned memory and uses it again.
+        self._content = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda)
+        self._content.copy_(tensor, non_blocking=is_cuda)
+        self._arrived: Any = None
+        """Event behind the copy; None for a copy that was complete at once."""
+        if is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def has_arrived(self) -> bool:
+        """True if the copy has ended."""
+        return self._arrived is None or bool(self._arrived.query())
+
+    def array(self) -> NDArray[Any]:
+        """Return the content; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        content: NDArray[Any] = self._content.numpy()
+        return content
 
 
 class DeviceSums:
@@ -32,6 +61,8 @@ class DeviceSums:
             domain_ids: domain of every sequence, -1 for padding; shape (B,).
         """
         self._device = torch.device(device)
+        # Losses may be recorded, and the copy started, in several streams. All sums belong to the first one.
+        self._stream = torch.cuda.current_stream(self._device) if self._is_cuda else None
         self._domains, index = np.unique(domain_ids, return_inverse=True)
         self._index = self._to_device(index.astype(np.int64))
         count = len(domain_ids)
@@ -40,9 +71,7 @@ class DeviceSums:
         self._tokens = torch.zeros(count, dtype=torch.int64, device=self._device)
         self._num_wrong = torch.zeros(1, dtype=torch.int64, device=self._device)
         """Sequences of which the trainer counted another number of tokens than the loss mask."""
-        self._copy: Tensor | None = None
-        self._arrived: Any = None
-        """Event behind the copy in the trainer's stream; None where copies are complete at once."""
+        self._copy: HostCopy | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -51,11 +80,17 @@ class DeviceSums:
 
         Args:
             rows: the b rows.
-            losses: on the device; shape (b, T), or (b, 1) for sums.
+            losses: on the device, or on another one, which costs a copy; shape (b, T), or (b, 1) for sums.
             mask: which of them count; shape of `losses`.
             counted: tokens of every row that count; shape (b,).
             claimed: the same as the trainer counted them on the device; they are compared there.
         """
+        losses = losses.to(self._device, non_blocking=self._is_cuda)
+        claimed = None if claimed is None else claimed.to(self._device, non_blocking=self._is_cuda)
+        with self._in_order(losses, claimed):
+            self._add(rows, losses, mask, counted, claimed)
+
+    def _add(self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints, claimed: Tensor | None) -> None:
         is_counted = self._to_device(mask)
         nats = torch.where(is_counted, losses.double(), 0.0)
         quanta = torch.where(nats.abs() < WRAP_LIMIT, nats, 0.0).mul_(QUANTA_PER_NAT).round_().long()
@@ -66,33 +101,30 @@ class DeviceSums:
         self._nats[where] += nats.sum(dim=1)
         self._tokens[where] += num_tokens
         if claimed is not None:
-            self._num_wrong += (claimed.to(self._device) != num_tokens).sum()
+            self._num_wrong += (claimed != num_tokens).sum()
         self._copy = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def start_copy(self) -> None:
-        """Sum by domain, and start the copy to the host behind everything in the trainer's stream."""
+        """Sum by domain, and start the copy to the host behind everything that was recorded."""
+        with self._in_order():
+            self._copy = HostCopy(self._packed())
+
+    def _packed(self) -> Tensor:
+        """Return all sums in one tensor, so that one copy is enough; the bits of floats travel as integers."""
         is_finite = (self._nats.abs() < WRAP_LIMIT) & (self._quanta.abs() < MAX_QUANTA)
         # The same rounding as `quantise_losses`: a power of two, and half to even.
         rounded = (self._quanta.double() * (STATISTICS_QUANTA_PER_NAT / QUANTA_PER_NAT)).round().long()
         rows = torch.stack([rounded * is_finite, self._tokens * is_finite, torch.ones_like(rounded), ~is_finite])
         by_domain = torch.zeros((NUM_BUFFER_ROWS, len(self._domains)), dtype=torch.int64, device=self._device)
         by_domain.index_add_(1, self._index, rows)
-        # One buffer, so that one copy is enough; the bits of the floating-point sums travel as integers.
-        packed = torch.cat([self._num_wrong, by_domain.reshape(-1), self._quanta, self._nats.view(torch.int64)])
-        self._copy = torch.empty(packed.shape, dtype=torch.int64, pin_memory=self._is_cuda)
-        self._copy.copy_(packed, non_blocking=True)
-        if self._is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(self._device))
+        return torch.cat([self._num_wrong, by_domain.reshape(-1), self._quanta, self._nats.view(torch.int64)])
 
     @property
     def has_arrived(self) -> bool:
         """True if the copy has ended; starts the copy if it was not started."""
-        if self._copy is None:
-            self.start_copy()
-        return self._arrived is None or bool(self._arrived.query())
+        return self._started_copy().has_arrived
 
     def domain_sums(self, num_domains: int) -> Ints:
         """Return the sums of every domain, without padding; shape (NUM_BUFFER_ROWS, num_domains)."""
@@ -113,12 +145,8 @@ class DeviceSums:
         Raises:
             ValueError: the trainer counted other tokens than the loss mask.
         """
-        if self._copy is None:
-            self.start_copy()
-        assert self._copy is not None  # Set above.
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        num_wrong, content = int(self._copy[0]), self._copy[1:].numpy()
+        copied = self._started_copy().array()
+        num_wrong, content = int(copied[0]), copied[1:]
         if num_wrong:
             raise ValueError(
                 f"record() got num_tokens of {num_wrong} sequences of a step that differ from what their loss masks "
@@ -126,6 +154,25 @@ class DeviceSums:
             )
         border = NUM_BUFFER_ROWS * len(self._domains)
         return content[:border].reshape(NUM_BUFFER_ROWS, -1), content[border:].reshape(2, -1)
+
+    def _started_copy(self) -> HostCopy:
+        if self._copy is None:
+            self.start_copy()
+        assert self._copy is not None  # Set above.
+        return self._copy
+
+    def _in_order(self, *inputs: Tensor | None) -> AbstractContextManager[Any]:
+        """Return a context whose operations follow those of the current stream and all earlier ones of this object."""
+        if self._stream is None:
+            return nullcontext()
+        current = torch.cuda.current_stream(self._device)
+        if current != self._stream:
+            self._stream.wait_stream(current)
+            for tensor in inputs:
+                if tensor is not None:
+                    tensor.record_stream(self._stream)
+        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        return context
 
     @property
     def _is_cuda(self) -> bool:

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import MAX_SEQUENCE_LOSS
 
-__all__ = ["MAX_QUANTA", "QUANTA_PER_NAT", "WRAP_LIMIT", "Ints", "Rows", "SequenceSums", "on_host", "sums_on_host"]
+__all__ = [
+    "MAX_QUANTA",
+    "QUANTA_PER_NAT",
+    "WRAP_LIMIT",
+    "Ints",
+    "Rows",
+    "SequenceSums",
+    "is_on_cuda",
+    "on_host",
+    "sums_on_host",
+]
 
 QUANTA_PER_NAT = float(2**38)
 """Units of a rounded token loss in one nat. `MAX_SEQUENCE_LOSS` is 2^62 of them, so sums below it fit into an int64."""
@@ -45,11 +55,16 @@ Rows = slice | NDArray[np.int64]
 """Rows of a batch."""
 
 
+def is_on_cuda(values: Any) -> bool:
+    """Return whether `values` is a torch tensor on a CUDA or ROCm device, which copies without waiting."""
+    return getattr(getattr(values, "device", None), "type", None) == "cuda" and hasattr(values, "detach")
+
+
 def on_host(values: Any) -> Sums:
     """Return an array or a tensor on any device as an array of float64."""
     if hasattr(values, "detach"):
-        # NumPy has no bfloat16.
-        return np.asarray(values.detach().double().cpu().numpy())
+        # NumPy has no bfloat16, and some accelerators have no float64.
+        return np.asarray(values.detach().cpu().double().numpy())
     return np.array(values, np.float64)
 
 

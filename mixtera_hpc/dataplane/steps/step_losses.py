@@ -1,7 +1,8 @@
 """Per-token losses → per-sequence sums, wherever the losses are → this rank's part of a step's statistics.
 
-Arrays and CPU tensors are summed at once. Losses on an accelerator are summed there (`device_sums`) and copied once,
+Arrays and CPU tensors are summed at once. Losses on a CUDA device are summed there (`device_sums`) and copied once,
 without waiting. The copy is read when the step is reduced, one step later, so that the trainer's stream never stalls.
+Losses on any other accelerator are copied to the host at once, which waits for it: not all of them have float64.
 """
 
 import math
@@ -13,7 +14,15 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, accumulate_losses
 from mixtera_hpc.dataplane.reading.batches import Batch
-from mixtera_hpc.dataplane.steps.loss_sums import QUANTA_PER_NAT, Ints, Rows, SequenceSums, on_host, sums_on_host
+from mixtera_hpc.dataplane.steps.loss_sums import (
+    QUANTA_PER_NAT,
+    Ints,
+    Rows,
+    SequenceSums,
+    is_on_cuda,
+    on_host,
+    sums_on_host,
+)
 from mixtera_hpc.errors import CommError
 
 if TYPE_CHECKING:
@@ -44,7 +53,7 @@ class StepLosses:
         self._on_host: list[tuple[Rows, SequenceSums]] = []
         """Rows and their losses, of those that were recorded on the host."""
         self._on_device: DeviceSums | None = None
-        """The losses that were recorded on an accelerator."""
+        """The losses that were recorded on a CUDA device."""
         self.are_complete = False
         """True if every token of every sequence was recorded; with several parts, a part of every sequence."""
 
@@ -77,7 +86,7 @@ class StepLosses:
 
     @property
     def are_on_host(self) -> bool:
-        """True if the sums can be read without waiting for an accelerator."""
+        """True if the sums can be read without waiting for a device."""
         return self._on_device is None or self._on_device.has_arrived
 
     def rows_at(self, positions: Any, rows: slice) -> Rows:
@@ -128,7 +137,7 @@ class StepLosses:
         self.are_complete = self._is_enough_recorded()
         self._num_tokens[rows] += recorded.counted
         # Only sums are kept: the losses of a step would be B x T numbers.
-        if _is_on_accelerator(loss):
+        if is_on_cuda(loss):
             self._add_on_device(rows, recorded)
         else:
             self._on_host.append((rows, _host_sums(recorded)))
@@ -212,7 +221,7 @@ class StepLosses:
 
     def _add_on_device(self, rows: Rows, recorded: "_Recorded") -> None:
         if self._on_device is None:
-            # It needs torch, which is optional; a caller with losses on an accelerator has imported it.
+            # It needs torch, which is optional; a caller with losses on a device has imported it.
             from mixtera_hpc.dataplane.steps.device_sums import DeviceSums
 
             self._on_device = DeviceSums(recorded.losses.device, self._domain_ids)
@@ -256,12 +265,7 @@ class _Recorded(NamedTuple):
     counted: Ints
     """Tokens of every row that count; shape (b,)."""
     claimed: Any = None
-    """The same as the trainer counted them on an accelerator; None if they were compared already."""
-
-
-def _is_on_accelerator(values: Any) -> bool:
-    """Return whether `values` is a torch tensor on another device than the CPU."""
-    return getattr(getattr(values, "device", None), "type", "cpu") != "cpu" and hasattr(values, "detach")
+    """The same as the trainer counted them on a CUDA device; None if they were compared already."""
 
 
 def _sample_losses(loss: Any, num_tokens: Any, is_real: NDArray[np.bool_], tokens: slice | None) -> _Recorded:
@@ -302,7 +306,7 @@ def _given_sums(loss: Any, num_tokens: Any, expected: Ints) -> _Recorded:
             f"with num_tokens both are one number per sequence: {expected.shape}."
         )
     recorded = _Recorded(losses=loss.reshape(-1, 1), mask=np.ones((len(expected), 1), np.bool_), counted=expected)
-    if _is_on_accelerator(num_tokens):
+    if is_on_cuda(num_tokens) and is_on_cuda(loss):
         # Compared on the device: nothing waits for it here.
         return recorded._replace(claimed=num_tokens)
     counted = on_host(num_tokens).astype(np.int64)
@@ -338,6 +342,7 @@ def _host_sums(recorded: _Recorded) -> SequenceSums:
     losses = recorded.losses
     # Sums need all their bits; the losses of tokens are summed in float64 from what they are.
     if hasattr(losses, "detach"):
-        losses = losses.detach().double().numpy() if losses.shape[1] == 1 else losses.detach().float().numpy()
+        losses = losses.detach().cpu()
+        losses = losses.double().numpy() if losses.shape[1] == 1 else losses.float().numpy()
     # Not `losses * mask`: a masked loss may be infinite or NaN.
     return sums_on_host(np.where(recorded.mask, np.asarray(losses), 0))

@@ -87,7 +87,9 @@ class _WaitingStep:
     @property
     def is_ready(self) -> bool:
         """True if its reduction can start without waiting for the accelerator."""
-        return not self.is_counted or self.losses.are_on_host
+        if not self.is_counted:
+            return True
+        return self.losses.are_on_host and (self.scalars is None or self.scalars.are_on_host)
 
 
 class StepReducer:

@@ -1,17 +1,21 @@
 """The user's scalars of one step on one rank: a number per sequence for each name in `dataplane.scalars`.
 
-Values on an accelerator stay there until the step is reduced, one step later.
+Values on a CUDA device are copied to the host without waiting, and read when the step is reduced, one step later.
 """
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR, accumulate_scalar
+from mixtera_hpc.dataplane.steps.loss_sums import is_on_cuda, on_host
 from mixtera_hpc.errors import CommError, did_you_mean
+
+if TYPE_CHECKING:
+    from mixtera_hpc.dataplane.steps.device_sums import HostCopy
 
 __all__ = ["NUM_SCALAR_CHECKS", "StepScalars", "checks_of", "values_per_domain"]
 
@@ -34,7 +38,7 @@ class StepScalars:
         """
         self._scales = scales
         self._domain_ids = domain_ids
-        self._recorded: dict[str, list[tuple[Rows, Any]]] = {}
+        self._recorded: dict[str, list[tuple[Rows, NDArray[np.float64] | HostCopy]]] = {}
         self._has_value = {name: np.zeros(len(domain_ids), np.bool_) for name in scales}
 
     def add(self, scalars: Mapping[str, Any], rows: Rows, step: int) -> None:
@@ -62,8 +66,13 @@ class StepScalars:
                     "  Record it once for every micro-batch, with its rows."
                 )
             self._has_value[name][rows] = True
-            detached = values.detach() if hasattr(values, "detach") else np.array(values, np.float64)
-            self._recorded.setdefault(name, []).append((rows, detached))
+            self._recorded.setdefault(name, []).append((rows, _copy_of(values)))
+
+    @property
+    def are_on_host(self) -> bool:
+        """True if the values can be read without waiting for a device."""
+        recorded = (values for parts in self._recorded.values() for _, values in parts)
+        return all(isinstance(values, np.ndarray) or values.has_arrived for values in recorded)
 
     def rows(self, num_domains: int) -> NDArray[np.int64]:
         """Return the sums of the domains; shape (3 × number of scalars, K)."""
@@ -73,16 +82,24 @@ class StepScalars:
             for rows, values in self._recorded.get(name, ()):
                 domains = self._domain_ids[rows]
                 is_real = domains >= 0
-                total += accumulate_scalar(domains[is_real], _on_host(values)[is_real], scale, num_domains)
+                total += accumulate_scalar(domains[is_real], _array(values)[is_real], scale, num_domains)
             blocks.append(total)
         return np.concatenate(blocks)
 
 
-def _on_host(values: Any) -> NDArray[np.float64]:
-    """Return an array, or a tensor on any device, as float64; waits for an accelerator."""
-    if isinstance(values, np.ndarray):
-        return values
-    return np.asarray(values.double().cpu().numpy())
+def _copy_of(values: Any) -> "NDArray[np.float64] | HostCopy":
+    """Return the values as they are now: the trainer may use their memory again in the next step."""
+    if not is_on_cuda(values):
+        return np.array(on_host(values))
+    # It needs torch, which is optional; a caller with values on a device has imported it.
+    from mixtera_hpc.dataplane.steps.device_sums import HostCopy
+
+    return HostCopy(values.detach().double())
+
+
+def _array(values: "NDArray[np.float64] | HostCopy") -> NDArray[np.float64]:
+    """Return the values; waits for a device."""
+    return values if isinstance(values, np.ndarray) else values.array()
 
 
 def values_per_domain(rows: NDArray[np.int64]) -> NDArray[np.int64]:
