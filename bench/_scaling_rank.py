@@ -16,7 +16,7 @@ from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
-from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
+from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests, RankPosition, ReadyAgreement
 from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer

@@ -48,8 +48,6 @@ class BatchWait:
         """Seconds that the last call of `next` waited for this rank's own reading."""
         self.plan_wait_s = 0.0
         """Seconds that it waited for a plan."""
-        self.reduce_s = 0.0
-        """Seconds that this rank has waited for reductions since the last batch; its owner adds them."""
 
     def advance(self, next_step: int) -> None:
         """Pass on what is ready, and tell the other ranks; does not block."""
@@ -97,23 +95,22 @@ class BatchWait:
                 time.sleep(pause_s)
                 pause_s = min(pause_s * GROWTH, POLL_S)
 
-    def times_of(self, batch: Batch, plan_s: float, rank: int) -> Mapping[str, float]:
+    def times_of(self, batch: Batch, plan_s: float, reduce_s: float, rank: int) -> Mapping[str, float]:
         """Return the seconds that each stage took for a batch that `next` has just returned.
 
         Args:
             batch: the batch.
             plan_s: seconds that this rank planned.
+            reduce_s: seconds that it waited for reductions since the last batch.
             rank: this rank; a plan that is missing is waited for in `plan` on rank 0, in `broadcast` on others.
         """
         plan_stage = "plan" if rank == 0 else "broadcast"
-        times = {
+        return {
             **batch.times.seconds,
             "wait": self.read_wait_s,
             plan_stage: plan_s + self.plan_wait_s,
-            "reduce": self.reduce_s,
+            "reduce": reduce_s,
         }
-        self.reduce_s = 0.0
-        return times
 
     def finish(self) -> None:
         """Complete what other ranks may wait for. **Collective.**"""

@@ -18,7 +18,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane import session
+from mixtera_hpc.dataplane import step_results
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import prefetcher as prefetcher_module
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
@@ -77,7 +77,7 @@ def test_an_exit_with_a_failure_does_not_close_the_journal(config: Config, tmp_p
 
 
 def test_only_the_newest_unread_statistics_are_kept(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "MAX_UNREAD_STATISTICS", 3)
+    monkeypatch.setattr(step_results, "MAX_UNREAD_STATISTICS", 3)
     with DataPlane.open(config, comm=Local()) as plane:
         for batch in plane:
             if batch.step == 9:
