@@ -30,12 +30,12 @@ from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.opening import OpenOptions, RankLayout, open_or_end_job
 from mixtera_hpc.dataplane.plane_state import STATE_KEY, PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, step_of
+from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.recorded_lanes import with_recorded_lanes
-from mixtera_hpc.dataplane.resume.resume_point import initial_state
 from mixtera_hpc.dataplane.session import Session, start_session
 from mixtera_hpc.dataplane.steps.open_steps import RecordedPart
+from mixtera_hpc.dataplane.unstarted_session import UnstartedSession
 from mixtera_hpc.errors import SavedAndStopped, exit_code_of, is_clean_exit
 from mixtera_hpc.track.tracker import Tracker
 
@@ -61,7 +61,7 @@ class DataPlane:
         """
         self._resources = resources
         self._ends_job = ends_job
-        self._session: Session | None = None
+        self._session: Session | UnstartedSession = UnstartedSession(resources)
         """Starts with the first batch, or when a state is loaded."""
         self._is_closed = False
 
@@ -137,8 +137,8 @@ class DataPlane:
     @property
     def local_batch_size(self) -> int:
         """Sequences in the next batch of this rank; the same in every batch without `dataplane.batch_schedule`."""
-        data_step = self._session.ledger.next_data_step if self._session else 0
-        return self._resources.batch_slice.size_of(self._resources.source.planner.batch_schedule.size_at(data_step))
+        schedule = self._resources.source.planner.batch_schedule
+        return self._resources.batch_slice.size_of(schedule.size_at(self._session.next_data_step))
 
     @property
     def num_groups(self) -> int:
@@ -160,17 +160,17 @@ class DataPlane:
     @property
     def next_step(self) -> int:
         """The training step of the next batch."""
-        return self._session.ledger.next_step if self._session else 0
+        return self._session.next_step
 
     @property
     def weights(self) -> NDArray[np.float64]:
         """Weight of every domain in the current chunk, shape (K,), on every rank; zeros before the first batch."""
-        return self._session.weights if self._session else np.zeros(self.num_domains)
+        return self._session.weights
 
     @property
     def data_wait_s(self) -> float:
         """Seconds that the trainer waited for the last batch."""
-        return self._session.data_wait_s if self._session else 0.0
+        return self._session.data_wait_s
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +205,7 @@ class DataPlane:
     @property
     def is_interrupted(self) -> bool:
         """True if the last iteration was ended by a request to save or stop, and not by the end of the data."""
-        return self._session.is_interrupted if self._session else False
+        return self._session.is_interrupted
 
     def record(
         self,
@@ -240,8 +240,6 @@ class DataPlane:
             ValueError: the step is finished or was not handed out, or the losses have another shape.
             CommError: the losses were recorded before.
         """
-        if self._session is None:
-            raise ValueError("record() was called before the first batch.")
         part = RecordedPart(rows=rows, tokens=tokens, num_tokens=num_tokens, scalars=scalars)
         self._session.record(batch, loss, part)
 
@@ -254,9 +252,7 @@ class DataPlane:
         Raises:
             ValueError: the step is finished or was not handed out.
         """
-        if self._session is None:
-            raise ValueError("finish() was called before the first batch.")
-        self._session.finish_step(step_of(batch))
+        self._session.finish_step(batch)
 
     def expect_loader(self) -> None:
         """Tell the data plane that a loader reads it, which may ask for batches ahead of the trainer. **Collective.**
@@ -276,9 +272,14 @@ class DataPlane:
         """
         # The order of held-out samples depends on the number of lanes. A state that is loaded later must have it, too.
         self._resources = replace(self._resources, has_fixed_lanes=True)
-        comm, batch_slice, parts = self._resources.comm, self._resources.batch_slice, self._resources.parts
-        folder = folder or self._resources.folder
-        return HeldOutBatches(self.config, comm, batch_slice, folder=folder, parts=parts, log=self._take_held_out)
+        return HeldOutBatches(
+            self.config,
+            self._resources.comm,
+            self._resources.batch_slice,
+            folder=folder or self._resources.folder,
+            parts=self._resources.parts,
+            log=self._take_held_out,
+        )
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
@@ -286,18 +287,18 @@ class DataPlane:
         A signal or `control/stop` that is seen during step s makes this True after step s + 1. A trainer that never
         calls this survives SIGTERM.
         """
-        return self._session.stop_requested() if self._session else False
+        return self._session.stop_requested()
 
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue: once per request, alike on all ranks. **Collective.**"""
-        return self._session.save_requested() if self._session else False
+        return self._session.save_requested()
 
     def completed_statistics(self) -> list[DomainStatistics]:
         """Return the statistics, summed over all ranks, of the steps completed since the last call, in order.
 
         Only the newest `MAX_UNREAD_STATISTICS` steps are kept, so a trainer does not have to call this.
         """
-        return self._session.completed_statistics() if self._session else []
+        return self._session.completed_statistics()
 
     def state_dict(self) -> dict[str, NDArray[np.uint8]]:
         """Return the state after the last finished step, the same value on every rank. **Collective.**
@@ -312,12 +313,7 @@ class DataPlane:
         Raises:
             ConfigError: a loader reads the batches, and no rank has said which steps are finished.
         """
-        own: PlaneState | None = None
-        if self._session is not None:
-            own = self._session.state()
-        elif self._resources.comm.rank == 0:
-            own = initial_state(self._resources.source, self._resources.recorder.run_edits())
-
+        own = self._session.state()
         # Any rank may be the one that writes a checkpoint, and torch.distributed.checkpoint asks all of them.
         content = own.to_array().tobytes() if own is not None else None
         shared = bcast_bytes(self._resources.comm, content)
@@ -336,7 +332,7 @@ class DataPlane:
             ValueError: batches were served already, or rank 0 gave no state.
         """
         # The session begins at its resume point; it cannot be moved afterwards.
-        if self._session is not None:
+        if isinstance(self._session, Session):
             raise ValueError("load_state_dict() was called after the first batch. Call it before.")
         # Launchers often load a checkpoint on every rank. Only the state of rank 0 counts.
         if self._resources.comm.rank != 0:
@@ -360,12 +356,9 @@ class DataPlane:
         if self._is_closed:
             return
         self._is_closed = True
-        next_step: int | None = None
-        if self._session is not None:
-            # Other ranks may be waiting for our part of a broadcast or reduction.
-            if orderly:
-                next_step = self._session.finish()
-            self._session.close(orderly)
+        # Other ranks may be waiting for our part of a broadcast or reduction.
+        next_step = self._session.finish() if orderly else None
+        self._session.close(orderly)
         self._resources.control.close()
         exit_code = self._exit_code(orderly, error)
         self._resources.recorder.close(next_step, exit_code)
@@ -383,17 +376,15 @@ class DataPlane:
             return exit_code_of(error)
         if not orderly:
             return 1
-        is_stopping = self._session is not None and self._session.is_stopping
-        return SavedAndStopped.exit_code if is_stopping else 0
+        return SavedAndStopped.exit_code if self._session.is_stopping else 0
 
     def _take_held_out(self, statistics: DomainStatistics, mean_loss: float | None) -> None:
         """Log held-out losses, and give them to a mixing algorithm that learns from them."""
         self._resources.recorder.log_validation(statistics, mean_loss)
-        if self._session is not None:
-            self._session.feed_held_out(statistics)
+        self._session.feed_held_out(statistics)
 
     def _started_session(self) -> Session:
         """Return the session; the first call begins the run. **Collective.**"""
-        if self._session is None:
+        if isinstance(self._session, UnstartedSession):
             self._session = start_session(self._resources, None)
         return self._session

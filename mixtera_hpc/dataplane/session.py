@@ -74,17 +74,17 @@ class Session:
 
         source = self._source
         num_fed = state.num_fed if state is not None else 0
-        self.ledger = StepLedger.at_resume(source.stream_version, source.planner.chunk_steps, start, num_fed)
+        self._ledger = StepLedger.at_resume(source.stream_version, source.planner.chunk_steps, start, num_fed)
         # Only rank 0 computes weights; the others receive plans.
         is_root = self._comm.rank == 0
         decisions = self._recorder.decisions() if is_root else []
-        self._mixture = MixtureFeed(source, self.ledger, state, decisions, learn=is_root)
+        self._mixture = MixtureFeed(source, self._ledger, state, decisions, learn=is_root)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         self._delivered_plans = DeliveredPlans()
         """From the chunk of the oldest step that may be unfinished on."""
         self._silence = SilenceWatch(source.config, self._comm.rank)
         self._results = StepResults(self._comm.rank, self._mixture, self._silence, self._recorder)
-        self._steps = TrainerSteps(resources, source, self.ledger, self._results)
+        self._steps = TrainerSteps(resources, source, self._ledger, self._results)
         self._first_step = start.step
         self._loss_weights = LossWeights(source.config.mixture, source.num_domains)
         self.is_stopping = False
@@ -106,11 +106,21 @@ class Session:
         self._wait = BatchWait(self._feed, agreement, self._steps.flags, self._progress)
 
     @property
+    def next_step(self) -> int:
+        """The training step of the next batch."""
+        return self._ledger.next_step
+
+    @property
+    def next_data_step(self) -> int:
+        """The data step of the next batch."""
+        return self._ledger.next_data_step
+
+    @property
     def weights(self) -> NDArray[np.float64]:
         """Weights of the current chunk, shape (K,); zeros before the first batch."""
-        if self.ledger.next_step == self._first_step:
+        if self.next_step == self._first_step:
             return np.zeros(self._source.num_domains)
-        return self._delivered_plans.of_chunk(self.ledger.current_chunk).weights / UNIT
+        return self._delivered_plans.of_chunk(self._ledger.current_chunk).weights / UNIT
 
     def next_batch(self) -> Batch | None:
         """Start the reductions of finished steps and return the next batch. **Collective.**
@@ -132,7 +142,7 @@ class Session:
             self._progress.enter_stage(WAIT)
             began = time.perf_counter()
             has_unfinished = self._steps.has_unfinished
-            batch = self._wait.next(self.ledger.next_step, has_unfinished, self._poll, self.pauses_to_save)
+            batch = self._wait.next(self.next_step, has_unfinished, self._poll, self.pauses_to_save)
             self.data_wait_s = time.perf_counter() - began
         if batch is None:
             return None
@@ -142,24 +152,24 @@ class Session:
 
         batch = agree_on_micro_batches(self._comm, self._source.config.dataplane, self._loss_weights.apply(batch))
         # Also after a resume inside a chunk: metrics then show its mixture again.
-        if batch.chunk != self.ledger.current_chunk:
+        if batch.chunk != self._ledger.current_chunk:
             self._enter_chunk(batch.chunk)
         self._steps.add(batch, self._times_of(batch))
         self._progress.step = batch.step
-        self.ledger.serve(batch.step, batch.chunk)
+        self._ledger.serve(batch.step, batch.chunk)
         self._recorder.record_batch(batch, self.data_wait_s)
-        self._wait.advance(self.ledger.next_step)
+        self._wait.advance(self.next_step)
         return batch
 
     def record(self, batch: Batch | Mapping[str, Any], loss: Any, part: RecordedPart) -> None:
         """Add losses of an open step; see `DataPlane.record`."""
         self._steps.record(batch, loss, part)
-        self._wait.advance(self.ledger.next_step)
+        self._wait.advance(self.next_step)
         self._progress.changes += 1
 
-    def finish_step(self, step: int) -> None:
-        """Finish an open step and those before it; see `DataPlane.finish`."""
-        self._steps.finish(step)
+    def finish_step(self, batch: Batch | Mapping[str, Any]) -> None:
+        """Finish the step of a batch and those before it; see `DataPlane.finish`."""
+        self._steps.finish(batch)
 
     def feed_held_out(self, statistics: DomainStatistics) -> None:
         """Take the held-out losses after `statistics.step` steps, for a mixing algorithm that learns from them."""
@@ -174,14 +184,14 @@ class Session:
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now. **Collective.**"""
         with self._progress.in_stage("reduce"):
-            self._wait.advance(self.ledger.next_step)
+            self._wait.advance(self.next_step)
             self.is_stopping = self._steps.stop_requested()
         return self.is_stopping
 
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue, once for every request. **Collective.**"""
         with self._progress.in_stage("reduce"):
-            self._wait.advance(self.ledger.next_step)
+            self._wait.advance(self.next_step)
             return self._steps.save_requested()
 
     def completed_statistics(self) -> list[DomainStatistics]:
@@ -207,7 +217,7 @@ class Session:
             next_step=next_step,
             plan=self._delivered_plans.of_step(data_step),
             mixer=self._mixture.arrays(),
-            num_fed=self.ledger.num_fed,
+            num_fed=self._ledger.num_fed,
             decisions=self._mixture.decisions,
             stream_version=self._source.stream_version,
             identity=self._source.identity(),
@@ -217,7 +227,7 @@ class Session:
         """Complete everything that other ranks may wait for; return one past the last finished step. **Collective.**"""
         with self._progress.in_stage("close"):
             next_step = self._steps.complete()
-            self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
+            self._poll_plans_until(lambda: self._plans.is_settled(self._ledger.last_chunk_to_plan))
             self._wait.finish()
             return next_step
 
@@ -248,7 +258,7 @@ class Session:
         """Drive reductions and plans; return True if the next step is planned."""
         self._steps.poll()
         self._poll_plans()
-        return self._plans.covers(self.ledger.next_data_step + 1)
+        return self._plans.covers(self._ledger.next_data_step + 1)
 
     def _times_of(self, batch: Batch) -> Mapping[str, float]:
         """Return the seconds that each stage took for a batch that was just received."""
@@ -260,17 +270,17 @@ class Session:
         self.is_stopping |= requests.stop
         self._steps.interrupt(requests)
         if self._comm.rank == 0:
-            logger.warning(describe_interrupt(requests, self.ledger.next_step, self.data_wait_s))
+            logger.warning(describe_interrupt(requests, self.next_step, self.data_wait_s))
 
     def _poll_plans(self) -> None:
         """Drive the broadcast of the next plan, and hand a plan that arrives to the reading thread."""
-        plan = self._plans.poll(self.ledger.last_chunk_to_plan)
+        plan = self._plans.poll(self._ledger.last_chunk_to_plan)
         if plan is not None:
             self._delivered_plans.add(plan)
             self._recorder.record_plan(plan)
             if plan.last:
                 self._recorder.log_data_end(plan, self._source)
-            self._feed.submit(plan, self.ledger.next_step)
+            self._feed.submit(plan, self.next_step)
 
     def _poll_plans_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -280,7 +290,7 @@ class Session:
     def _enter_chunk(self, chunk: int) -> None:
         """Forget the plans of earlier chunks, and log the one that begins."""
         # The plans of steps that may be unfinished stay: a state may still need them.
-        oldest = max(self.ledger.next_step - 1 - self._steps.max_unfinished, self._first_step)
+        oldest = max(self.next_step - 1 - self._steps.max_unfinished, self._first_step)
         self._delivered_plans.forget_before(chunk, self._source.stream_version.data_step(oldest))
         plan = self._delivered_plans.of_chunk(chunk)
         is_root = self._comm.rank == 0

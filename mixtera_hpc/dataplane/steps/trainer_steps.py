@@ -80,9 +80,9 @@ class TrainerSteps:
         step.losses.add(loss, rows, part.tokens, part.num_tokens)
         self._reducer.advance()
 
-    def finish(self, step: int) -> None:
-        """Finish an open step and those before it; see `DataPlane.finish`."""
-        self._open.named(step, "finish").was_finished_by_name = True
+    def finish(self, batch: Batch | Mapping[str, Any]) -> None:
+        """Finish the step of a batch and those before it; see `DataPlane.finish`."""
+        self._open.named(step_of(batch), "finish").was_finished_by_name = True
 
     def poll(self) -> None:
         """Pass on the results that have become complete; does not block."""
