@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.domain_assignment import DomainAssignment
 from mixtera_hpc.core.index_tables import DomainTable, IndexTables, SampleColumns
-from mixtera_hpc.core.query import Entries, Predicate
+from mixtera_hpc.core.query.predicate import Entries, Predicate
 
 __all__ = ["NO_DOMAIN", "DomainCounter", "DomainCounts", "PruningStatistics", "ReadBlocks"]
 

@@ -18,7 +18,7 @@ from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, PruningStat
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, NumberRange, ValuePattern, matching_codes
 from mixtera_hpc.core.index_tables import DomainTable, IndexTables, SampleColumns
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import Entries, Predicate
+from mixtera_hpc.core.query.predicate import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "DomainRule", "DomainTable", "LimitDomains", "Selection", "keys_for_group_by", "select"]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.domain_assignment import DomainAssignment
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns, Zones
-from mixtera_hpc.core.query import Entries, MatchMask, Predicate
+from mixtera_hpc.core.query.predicate import Entries, MatchMask, Predicate
 
 __all__ = [
     "HOLDOUT_HASH",

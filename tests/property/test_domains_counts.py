@@ -13,7 +13,7 @@ from mixtera_hpc.core import domain_counts
 from mixtera_hpc.core.domain_keys import NumberRange, ranges_of_bounds
 from mixtera_hpc.core.domains import DomainKey, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER, "age": Kind.NUMBER}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mixtera_hpc.core import domain_counts
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import Entries, parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
+from mixtera_hpc.core.query.predicate import Entries
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"language": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER, "year": Kind.NUMBER}

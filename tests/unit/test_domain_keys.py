@@ -7,7 +7,7 @@ import pytest
 from mixtera_hpc.core.domain_keys import ValuePattern, canonical_key, domain_key_to_plain, domain_name, parse_domain_key
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 

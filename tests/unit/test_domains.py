@@ -4,7 +4,7 @@ import pytest
 
 from mixtera_hpc.core.domains import DomainKey, Selection, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 

@@ -16,7 +16,7 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, ScanUnit
 from mixtera_hpc.formats.codecs.block_cache import BlockCache

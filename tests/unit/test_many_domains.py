@@ -15,7 +15,7 @@ from mixtera_hpc.core.combos.combo_index import ComboIndex, WantedCodes
 from mixtera_hpc.core.domains import keys_for_group_by, select
 from mixtera_hpc.core.index_tables import IndexTables
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.read.configured import open_configured

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import Entries, parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
+from mixtera_hpc.core.query.predicate import Entries
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 

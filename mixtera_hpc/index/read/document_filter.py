@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns, Zones
-from mixtera_hpc.core.query import Entries, Evaluate, MatchMask
+from mixtera_hpc.core.query.conditions import Condition
+from mixtera_hpc.core.query.predicate import Entries, MatchMask
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -38,8 +39,8 @@ class NamedDocuments:
         self._paths = shard_paths
         self._blocks = blocks
 
-    def compile(self, arguments: Sequence[ast.expr]) -> tuple[Evaluate, frozenset[str]]:
-        """Return a test for the documents that the arguments of a call name, and the numbers that it reads.
+    def compile(self, arguments: Sequence[ast.expr]) -> Condition:
+        """Return a condition for the documents that the arguments of a call name.
 
         Raises:
             ConfigError: the argument is not a mapping of shards to rows, or the index has no such document.
@@ -53,7 +54,7 @@ class NamedDocuments:
             count = np.searchsorted(numbers, high, side="right") - np.searchsorted(numbers, low, side="left")
             return MatchMask(count > 0, count == high - low + 1)
 
-        return evaluate, frozenset({DOCUMENT_NUMBER})
+        return Condition(evaluate, frozenset({DOCUMENT_NUMBER}))
 
     def _numbers(self, rows_by_shard: Mapping[str, list[int]]) -> Ints:
         """Return the numbers of documents, ascending, each once."""

@@ -28,7 +28,8 @@ from mixtera_hpc.core.holdout import (
     shard_hash_keys,
 )
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
-from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
+from mixtera_hpc.core.query.predicate import Entries, Predicate
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean, list_names
 from mixtera_hpc.index.read.document_filter import (
     DOCUMENT_NUMBER,

@@ -11,7 +11,8 @@ from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domains import DomainRule
 from mixtera_hpc.core.holdout import add_holdout_hashes, restrict_to_fractions, restrict_to_split
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
+from mixtera_hpc.core.query.parse import parse_predicate
+from mixtera_hpc.core.query.predicate import Entries, Predicate
 from mixtera_hpc.dataplane.reading.lookup.block_samples import ReadBlocks
 from mixtera_hpc.dataplane.reading.shared_index import IndexDescription, SharedTables
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
