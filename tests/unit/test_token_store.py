@@ -46,6 +46,8 @@ def overrides(tmp_path: Path) -> list[str]:
         lines = [json.dumps(row) for row in make_rows(number, 70)]
         lines[9] = "{damaged"
         (data / f"{number}.jsonl").write_text("\n".join(lines))
+    # The build skips all rows of this shard.
+    (data / "skipped.jsonl").write_text("{damaged\n{damaged")
     (data / "packed").mkdir()
     write_compressed(data / "packed", make_rows(7, 50), ending="gz")
     write_megatron(data / "ids.bin", [[5, 6, 7] * (i % 9) for i in range(40)])

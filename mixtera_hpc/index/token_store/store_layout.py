@@ -105,7 +105,9 @@ class StoreLayout:
         num_cells = np.diff(tables.histogram.indptr[unit.first_block : unit.last_block + 1])
         keys = np.repeat(np.arange(len(rows)), num_cells) * num_combos + tables.histogram.combo[cells]
         key_of_row = np.repeat(np.arange(len(rows)), rows) * num_combos + samples.combo
-        cell = np.minimum(np.searchsorted(keys, key_of_row), max(len(keys) - 1, 0))
+        if not len(keys):
+            return np.zeros(len(key_of_row), np.int64)  # The build skipped all rows.
+        cell = np.minimum(np.searchsorted(keys, key_of_row), len(keys) - 1)
 
         # Tokens of the rows of the same cell that come before each row.
         order = np.argsort(cell, kind="stable")
