@@ -14,7 +14,10 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
 
-__all__ = ["StoreFolder", "blocks_by_source"]
+__all__ = ["StoreFolder", "blocks_by_source", "log_unit"]
+
+UNFINISHED_HEADER = ".store.json.*.part"
+"""Name of a header that is being written, with the id of the process."""
 
 HeaderT = TypeVar("HeaderT", bound=msgspec.Struct)
 
@@ -38,6 +41,10 @@ class StoreFolder:
         """Return the logs of finished units."""
         return sorted(self.folder.glob("done-*.log"))
 
+    def unfinished_headers(self) -> list[Path]:
+        """Return what killed jobs have left of headers that they wrote."""
+        return list(self.folder.glob(UNFINISHED_HEADER))
+
     def decode_header(self, kind: type[HeaderT], cure: str) -> HeaderT | None:
         """Return the content of `store.json`; None if there is no such file.
 
@@ -53,12 +60,19 @@ class StoreFolder:
 
     def write_header(self, header: msgspec.Struct) -> None:
         """Replace `store.json` as a whole."""
-        temporary = self.folder / f".store.json.{os.getpid()}.part"
+        temporary = self.folder / UNFINISHED_HEADER.replace("*", str(os.getpid()))
         with temporary.open("wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(header)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.header)
+
+
+def log_unit(log: int, number: int) -> None:
+    """Append a finished unit to a log, given its descriptor. A full disk may take a part of the line only."""
+    line = b"%d\n" % number
+    while line:
+        line = line[os.write(log, line) :]
 
 
 def blocks_by_source(index: PropertyIndex) -> Iterator[tuple[SampleSource, int, int]]:

@@ -1,12 +1,16 @@
 """After a SIGKILL at any moment, the same command finishes the token store, with the same bytes."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -76,6 +80,63 @@ def write_and_kill(overrides: list[str], after_units: int) -> None:
     assert process.stdout.readline() == b"unit\n"
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=600)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+@contextmanager
+def killed_before(call: int) -> Iterator[None]:
+    """Let a job end before one of the calls that change files, given its number."""
+    numbers = itertools.count()
+
+    def patched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if next(numbers) == call:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((os, "fsync"), (os, "pwrite"), (os, "write"), (Path, "replace"), (Path, "unlink")):
+            patch.setattr(module, name, patched(getattr(module, name)))
+        yield
+
+
+@pytest.mark.parametrize("before", ["nothing", "complete", "half"])
+def test_a_job_that_is_killed_at_any_call_is_continued(before: str, root: Path, tmp_path: Path) -> None:
+    """The folder is empty at first, or holds what another tokenizer has written."""
+    other = train_bpe(["abc def " * 9], 280, tmp_path / "other.json")
+    words = [*overrides_of(root), f"dataplane.tokenizer={other}", f"index.path={tmp_path / 'other.h5'}"]
+    build_index(compose(words))
+    write_store(compose([*words, f"data.tokens={tmp_path / 'other'}"]), Local())
+    if before == "half":
+        header = tmp_path / "other" / "store.json"
+        header.write_text(header.read_text().replace('"complete": true', '"complete": false'))
+        (tmp_path / "other" / "done-1-0.log").write_text("0\n2\n")
+    write_store(compose([*overrides_of(root), f"data.tokens={tmp_path / 'whole'}"]), Local())
+
+    folder = tmp_path / "killed"
+    config = compose([*overrides_of(root), f"data.tokens={folder}"])
+    expected = sorted((path.name, path.read_bytes()) for path in (tmp_path / "whole").iterdir())
+    is_complete = False
+    for call in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        if before != "nothing":
+            shutil.copytree(tmp_path / "other", folder)
+        try:
+            with killed_before(call):
+                write_store(config, Local())
+                is_complete = True
+        except Killed:
+            pass
+        write_store(config, Local())
+        assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == expected, call
+        if is_complete:
+            break
+    assert call > 2 * NUM_SHARDS
 
 
 @pytest.mark.parametrize("after_units", [0, 3, NUM_SHARDS - 1])

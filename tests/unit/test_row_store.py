@@ -16,8 +16,10 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.row_store.row_files import RowStoreFiles, RowStoreHeader
+from mixtera_hpc.index.row_store.row_job import write_rows
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
@@ -201,6 +203,33 @@ def test_an_interrupted_store_is_continued(
     assert report["resumed_units"] == report["units"]
     assert 0 < report["row_store"]["units_written"] < len(ENDINGS)
     assert served(overrides) == served(overrides, "data.materialize=never")
+
+
+def test_places_that_do_not_fit_are_not_taken_for_complete(tmp_path: Path) -> None:
+    # The places take 80 kB, the compressed rows less than 1 kB.
+    (tmp_path / "data").mkdir()
+    write_compressed(tmp_path / "data", [{"text": ""}] * 5000, ending="gz")
+    paths = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'i.h5'}"]
+    config = compose([*paths, "mixture.unit=samples", "data.materialize=never"])
+    build_index(config)
+    write_rows(config, Local(), lambda plan: None, None)
+    RowStoreFiles.of_index(tmp_path / "i.h5").write_header(msgspec.structs.replace(header_of(tmp_path), complete=False))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"The row store cannot be written to .*: File too large"):
+            write_rows(config, Local(), lambda plan: None, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_changes_while_its_rows_are_written_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    config = compose([*overrides, "data.materialize=never"])
+    build_index(config)
+    shard = tmp_path / "data" / "0" / "shard.jsonl.zst"
+    shard.write_bytes(shard.read_bytes())  # A new modification time.
+    with pytest.raises(PropertyIndexError, match=r"(?s)is stale: 1 of .* not what was indexed:\n +0/shard.jsonl.zst"):
+        write_rows(config, Local(), lambda plan: None, None)
 
 
 def test_damage_is_reported(overrides: list[str], tmp_path: Path) -> None:

@@ -18,9 +18,13 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.scan.parallel_scan import ScanProgress
+from mixtera_hpc.index.scan.scan_log import build_lock
+from mixtera_hpc.index.store_folder import log_unit
 from mixtera_hpc.index.token_store.store_files import StoreFiles
+from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
@@ -277,6 +281,49 @@ def test_a_run_continues_while_a_refresh_extends_its_store(overrides: list[str])
                 )
     assert len(digests) > 5
     assert digests == expected
+
+
+def test_a_line_of_a_log_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    # As on a disk that is nearly full.
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1]))
+    with (tmp_path / "log").open("wb") as file:
+        log_unit(file.fileno(), 123)
+        log_unit(file.fileno(), 45)
+    assert (tmp_path / "log").read_text() == "123\n45\n"
+
+
+def test_data_that_changes_while_it_is_tokenized_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    config = compose(overrides)
+    build_index(config)
+    shard = tmp_path / "data" / "2.jsonl"
+    content = shard.read_bytes()
+    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    # As many tokens in every document.
+    other = content.replace(b"dog", b"god")
+    assert other != content
+
+    def change(state: ScanProgress) -> None:
+        if shard.read_bytes() == content:
+            shard.write_bytes(other)
+
+    with pytest.raises(PropertyIndexError, match=r"(?s)is stale: 1 of .* not what was indexed:\n +2\.jsonl .*Restore"):
+        write_store(config, Local(), progress=change)
+    shard.write_bytes(content)
+    os.utime(shard, ns=times)
+    write_store(config, Local())
+    assert served(overrides) == served(overrides, "data.tokens=off")
+
+
+def test_two_jobs_at_once_are_refused(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_index(compose(overrides))
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    with build_lock(folder):
+        assert main(["tokenize", *overrides, f"data.tokens={folder}"]) == 2
+    message = capsys.readouterr().err
+    assert f"Another process is writing this token store: {folder} is locked" in message
+    assert "set another data.tokens" in message
 
 
 def test_wrong_input_is_refused_with_exit_code_2(overrides: list[str], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shards", "refuse_changed"]
+__all__ = ["ChangedShard", "changed_shards", "check_fresh", "check_shard", "deeply_changed_shards", "refuse_changed"]
 
 MAX_LISTED = 5
 """Shards that an error message lists."""
@@ -83,6 +83,19 @@ def check_fresh(index: PropertyIndex) -> None:
         PropertyIndexError: names the first few of them.
     """
     refuse_changed(index, changed_shards(index))
+
+
+def check_shard(index: PropertyIndex, shard: int) -> None:
+    """Refuse a shard, given its number, with another size or modification time than in the index.
+
+    Raises:
+        PropertyIndexError: names it.
+    """
+    path = index.shard_paths()[shard]
+    shards = index.tables.shards
+    problem = _stat_problem(index.data_root / path, int(shards.size_bytes[shard]), int(shards.mtime_ns[shard]))
+    if problem:
+        refuse_changed(index, [ChangedShard(path=path, problem=problem)])
 
 
 def refuse_changed(index: PropertyIndex, changed: list[ChangedShard]) -> None:

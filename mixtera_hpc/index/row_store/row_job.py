@@ -32,10 +32,12 @@ from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.verify import check_shard
 from mixtera_hpc.index.row_store.row_files import FRAME_BYTES, PLACE_BYTES, RowStoreFiles, RowStoreHeader
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_log import build_lock
 from mixtera_hpc.index.scan.shared_units import share_units
+from mixtera_hpc.index.store_folder import log_unit
 
 __all__ = ["RowPlan", "RowReport", "write_rows"]
 
@@ -102,7 +104,7 @@ def write_rows(
         else:
             with _explain_disk_errors(files):
                 files.folder.mkdir(parents=True, exist_ok=True)
-                with build_lock(files.folder):
+                with build_lock(files.folder, "writing this row store"):
                     job = _prepare(index, files, announce)
                     bcast_bytes(comm, msgspec.json.encode(job))
                     _write_units(index, files, job, comm, progress)
@@ -244,9 +246,10 @@ class _RowWriter:
         self._first_rows = np.concatenate([[0], np.cumsum(index.tables.blocks.rows, dtype=np.int64)])
         self._number = job.first_file + rank
         self._compress = zstandard.ZstdCompressor().compress
-        self._places = (files.folder / job.header.places).open("r+b", buffering=0)
+        # Buffered files write everything or raise; a full disk lets a single call write a part.
+        self._places = (files.folder / job.header.places).open("r+b")
         self._rows = files.rows(self._number).open("xb")
-        self._log = files.log(job.attempt, rank).open("xb", buffering=0)
+        self._log = files.log(job.attempt, rank).open("xb")
 
     def __enter__(self) -> "_RowWriter":
         return self
@@ -272,10 +275,13 @@ class _RowWriter:
         self._rows.flush()
         self._places.seek(PLACE_BYTES * first_row)
         self._places.write(places.tobytes())
+        self._places.flush()
+        # After the reads: rows that changed meanwhile may be as long as before.
+        check_shard(index, int(index.tables.blocks.shard[blocks[0]]))
         # The log must not reach the disk before the rows.
         os.fdatasync(self._rows.fileno())
         os.fdatasync(self._places.fileno())
-        self._log.write(b"%d\n" % number)
+        log_unit(self._log.fileno(), number)
         return len(places)
 
     def _lines(self, blocks: range, chosen: Ints, first_row: int) -> list[bytes]:

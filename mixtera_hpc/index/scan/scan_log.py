@@ -179,8 +179,13 @@ def _arrays_of_group(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, N
 
 
 @contextlib.contextmanager
-def build_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a build, which keeps other processes from building the same index.
+def build_lock(folder: Path, work: str = "building this index", key: str = "index.path") -> Iterator[None]:
+    """Hold the lock of a build, which keeps other processes from building the same index or store.
+
+    Args:
+        folder: where the lock is.
+        work: what the process that holds the lock is doing, for the message.
+        key: the setting that names another place.
 
     Raises:
         PropertyIndexError: another process holds it.
@@ -190,8 +195,7 @@ def build_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PropertyIndexError(
-                f"Another process is building this index: {folder} is locked.\n"
-                "  Wait for it, or set another index.path."
+                f"Another process is {work}: {folder} is locked.\n  Wait for it, or set another {key}."
             ) from None
         except OSError:
             pass  # This file system has no locks, so two builds at once are not detected.

@@ -27,6 +27,7 @@ from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_log import build_lock
 from mixtera_hpc.index.scan.shared_units import share_units
 from mixtera_hpc.index.scan.token_spool import SpooledTokens
+from mixtera_hpc.index.store_folder import log_unit
 from mixtera_hpc.index.token_store.store_files import StoreFiles, store_folder
 from mixtera_hpc.index.token_store.store_layout import StoreLayout
 from mixtera_hpc.index.token_store.store_state import KeptRows, StoreJob, StorePlan, complete_store, prepare_store
@@ -104,7 +105,8 @@ def write_store(
                 warn_of_slow_encoding(tokenizer)
                 sources = StoreSources()
             _make_folder(files)
-            with build_lock(files.folder), _explain_disk_errors(files):
+            lock = build_lock(files.folder, "writing this token store", "data.tokens")
+            with _explain_disk_errors(files), lock:
                 job = prepare_store(index, files, tokenizer, _chat_loss(config, index), sources.kept, announce)
                 job.spooled = _spooled_blocks(files, sources.results, len(index.tables.blocks))
                 bcast_bytes(comm, msgspec.json.encode(job))
@@ -178,7 +180,7 @@ def _write_units(queue: _UnitQueue, comm: Communicator, progress: ProgressCallba
             # The log must not reach the disk before the tokens.
             os.fdatasync(tokens)
             os.fdatasync(starts)
-            os.write(log, b"%d\n" % queue.job.missing[position])
+            log_unit(log, queue.job.missing[position])
             return rows
 
         share_units([unit.num_bytes for unit in units], write, comm, progress)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.index.read.open import PropertyIndex
-from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
 from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader, token_type
 from mixtera_hpc.index.token_store.store_layout import StoreLayout
 from mixtera_hpc.index.token_store.unit_writer import SpooledBlocks
@@ -90,7 +89,9 @@ def prepare_store(
         ConfigError: the disk has too little room, or the folder is no token store.
     """
     old = files.read_header()
-    if old is None and any(path.name not in ("lock", SPOOL_FOLDER) for path in files.folder.iterdir()):
+    unfinished = files.unfinished_headers()
+    foreign = set(files.folder.iterdir()) - {files.folder / "lock", files.spool, *unfinished}
+    if old is None and foreign:
         raise ConfigError(
             f"{files.folder} is not empty and holds no token store.\n  Set data.tokens to a new folder, or empty it."
         )
@@ -123,8 +124,11 @@ def prepare_store(
     _check_room(plan)
     if not same:
         _begin(files, header, old if kept is not None else None, kept)
-    elif missing:
+    elif old is not None and not old.complete:
         _set_sizes(files, header)
+    # What killed jobs have left, and the starts of another index.
+    for path in (*unfinished, *(set(files.folder.glob("starts-*.bin")) - {files.starts(header)})):
+        path.unlink(missing_ok=True)
     attempts = [int(path.stem.split("-")[1]) for path in files.logs()]
     return StoreJob(header=header, missing=missing, attempt=1 + max(attempts, default=0))
 
@@ -200,18 +204,14 @@ def _begin(files: StoreFiles, header: StoreHeader, old: StoreHeader | None, kept
     if old is not None and kept is not None:
         before = np.memmap(files.starts(old), "<i8", "r") if old.rows else np.zeros(0, np.int64)
         _write_starts(starts, [before[first:last] for first, last in kept.rows])
-        # A job that was killed when its store was complete may have left logs, whose units are others now.
-        for path in files.logs():
-            path.unlink()
-    else:
-        # The header goes first: without it, no run takes what is left for a store.
-        for path in (files.header, *files.logs(), files.tokens):
-            path.unlink(missing_ok=True)
+    # The units of earlier logs are others now. A kill may come between any two calls. So the logs go before the new
+    # header, and the tokens after it: no run takes what is left for a store, and the next job begins anew.
+    for path in files.logs():
+        path.unlink()
     files.write_header(header)
+    if old is None:
+        files.tokens.unlink(missing_ok=True)
     _set_sizes(files, header)
-    for path in files.folder.glob("starts-*.bin"):
-        if path != starts:
-            path.unlink()
 
 
 def _write_starts(path: Path, parts: list[NDArray[Any]]) -> None:

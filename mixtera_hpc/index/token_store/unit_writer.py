@@ -22,6 +22,7 @@ from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.verify import check_shard
 from mixtera_hpc.index.token_store.store_layout import StoreLayout, StoreUnit
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -83,6 +84,7 @@ class UnitWriter:
 
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
+            PropertyIndexError: the shard has changed since it was indexed.
         """
         samples = self._index.read_blocks(np.arange(unit.first_block, unit.last_block, dtype=np.int32))
         starts = self._layout.row_starts(unit, samples)
@@ -102,6 +104,8 @@ class UnitWriter:
         if group:
             self._write_group(np.concatenate(group), starts[group_rows], counts[group_rows], tokens_file)
         _write_all(starts_file, starts.data.cast("B"), 8 * first_row)
+        # After the reads: documents that changed meanwhile may have as many tokens as before.
+        check_shard(self._index, int(self._index.tables.blocks.shard[unit.first_block]))
         return len(starts)
 
     def _segments(
