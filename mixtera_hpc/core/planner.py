@@ -288,6 +288,12 @@ class Planner:
             exhausted = (state.cursors >= self.capacity) & (state.lags >= 0)
             if exhausted.any() and (weights[~exhausted] > 0).any():
                 return _redistribute(start, exhausted)
+            return start
+        # A domain that was dropped cannot serve what it lags behind. Where the data end, another one has to: the slots
+        # until then are counted from the lags.
+        gone = (start.weights == 0) & (state.lags > 0) & (state.cursors >= self.capacity)
+        if gone.any() and self.capacity[start.weights > 0].min() < self.UNLIMITED:
+            return _SegmentStart(_without_lags(start.lags, gone, start.weights), start.weights)
         return start
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
@@ -342,11 +348,17 @@ def _redistribute(start: _SegmentStart, exhausted: NDArray[np.bool_]) -> _Segmen
     # float64 is exact here: weights are at most 2^40.
     weights = quantise_weights(np.where(exhausted, 0, start.weights).astype(np.float64))
 
+    return _SegmentStart(_without_lags(start.lags, exhausted, weights), weights)
+
+
+def _without_lags(lags: Ints, gone: NDArray[np.bool_], weights: Ints) -> Ints:
+    """Return lags that are 0 in the domains of `gone`; the others take their lags, in proportion to their weights."""
     # Floor every part of the lag and give the remainder to the largest weight, so that the lags still sum to 0.
-    freed_lag = int(start.lags[exhausted].sum())
+    freed_lag = int(lags[gone].sum())
     extra_lag = np.floor(weights * (freed_lag / UNIT)).astype(np.int64)
     extra_lag[np.argmax(weights)] += freed_lag - int(extra_lag.sum())
-    return _SegmentStart(np.where(exhausted, 0, start.lags) + extra_lag, weights)
+    moved: Ints = np.where(gone, 0, lags) + extra_lag
+    return moved
 
 
 def _quantise_requested(weights: NDArray[np.float64]) -> Ints:

@@ -1,10 +1,12 @@
 """Plans of small cases, compared with results that are written out."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.errors import CommError, MixtureError
@@ -78,6 +80,16 @@ def test_redistribute_gives_the_share_to_the_others() -> None:
     following, _ = machine.plan(state, np.array([0.5, 0.25, 0.25]))
     assert not following.last
     assert 0 not in machine.slots(following).domain
+
+
+@pytest.mark.parametrize("policy", ["stop", "repeat"])
+def test_a_dropped_domain_that_lags_behind_gets_no_sequence_where_the_data_end(policy: str) -> None:
+    machine = replace(planner(0, 7, 0, policy=policy), last_batch="pad")
+    lags = (np.array([0.13, -0.18, 0.05]) * UNIT).astype(np.int64)
+    state = PlannerState(chunk=1, step=2, cursors=np.array([5, 2, 5]), lags=lags - [0, int(lags.sum()), 0])
+    plan = machine.decide(state, np.array([0.0, 1.0, 0.0]))
+    assert machine.after(plan).cursors.tolist() == [5, 7, 5]
+    assert (plan.num_steps, plan.last, plan.lags.tolist()) == (2, True, [0, 0, 0])
 
 
 def test_no_steps_are_planned_after_the_data_has_ended() -> None:
