@@ -9,7 +9,7 @@ import pytest
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef, ScanSpec
-from mixtera_hpc.formats.batching.arrow_tables import BYTES_AT_ONCE, objects_at_once, payloads_of
+from mixtera_hpc.formats.batching.arrow.python_objects import BYTES_AT_ONCE, objects_at_once, payloads_of
 from mixtera_hpc.formats.readers.arrow import ArrowFormat
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.batching.arrow_tables import first_key
+from mixtera_hpc.formats.batching.arrow.column_paths import first_key
 from mixtera_hpc.formats.codecs.limits.arrow_sizes import batch_sizes, text_bytes
 from mixtera_hpc.formats.shard_errors import cannot_open_error, unreadable_error
 

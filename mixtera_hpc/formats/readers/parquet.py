@@ -26,14 +26,10 @@ from mixtera_hpc.formats.base import (
     ShardReader,
     split_evenly,
 )
-from mixtera_hpc.formats.batching.arrow_tables import (
-    TableBatcher,
-    column_at,
-    payloads_of,
-    texts_of,
-    type_at,
-    without_views,
-)
+from mixtera_hpc.formats.batching.arrow.column_paths import column_at, type_at
+from mixtera_hpc.formats.batching.arrow.python_objects import payloads_of, texts_of
+from mixtera_hpc.formats.batching.arrow.table_batcher import TableBatcher
+from mixtera_hpc.formats.batching.arrow.value_types import without_views
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.limits.parquet_limit import check_row_group, row_group_error
 from mixtera_hpc.formats.codecs.shared_blocks import Buffer
