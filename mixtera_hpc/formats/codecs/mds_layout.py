@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.codecs.mds_samples import ENCODINGS, MdsColumn, is_known_encoding
 from mixtera_hpc.formats.registry import MDS_INDEX
 from mixtera_hpc.formats.shard_errors import ShardLayoutError
@@ -84,7 +85,7 @@ def read_mds_layout(read: Callable[[int, int], bytes], size_bytes: int, path: Pa
     text = read(header_start, int(starts[0]) - header_start)
     try:
         header = msgspec.json.decode(text, type=_Header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise _no_shard_error(path, f"its columns are not described by JSON ({error})") from None
     return MdsLayout(size_bytes=size_bytes, starts=starts, columns=_columns(header, path))
 
@@ -124,6 +125,8 @@ def _columns(header: _Header, path: Path) -> tuple[MdsColumn, ...]:
         )
     if not len(header.column_names) == len(header.column_encodings) == len(header.column_sizes):
         raise _no_shard_error(path, "its columns have not one name, encoding and size each")
+    if any(size is not None and size < 0 for size in header.column_sizes):
+        raise _no_shard_error(path, f"its columns have sizes below 0: {header.column_sizes}")
     columns = [
         MdsColumn(name=name, encoding=encoding, size=size or 0)
         for name, encoding, size in zip(header.column_names, header.column_encodings, header.column_sizes, strict=True)
@@ -183,7 +186,7 @@ def _read_index(path: Path, mtime_ns: int, size_bytes: int) -> dict[str, _IndexE
     """
     try:
         index = msgspec.json.decode(path.read_bytes(), type=_Index)
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+    except (*JSON_ERRORS, OSError) as error:
         raise ShardLayoutError(
             f"{path} is not the index of a folder of MDS shards: {error}.\n  Copy it again, or remove it."
         ) from None

@@ -192,6 +192,9 @@ class SeekPoints:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
             magic, count, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
+            # A wrong number must not decide how much memory the table takes.
+            if count * _POINT.itemsize > os.fstat(file.fileno()).st_size:
+                raise ValueError("no seek points")
             self._table = np.frombuffer(file.read(count * _POINT.itemsize), _POINT)
         # Only the table is verified here; every window has its own checksum, from Zstandard.
         if magic != _MAGIC or not count or len(self._table) != count or _checksum(self._table) != checksum:
@@ -205,20 +208,30 @@ class SeekPoints:
 
         Raises:
             DataError: the shard is damaged.
+            PropertyIndexError: the file of the seek points is damaged.
         """
         stop = offset + size
         # From the last point at or before the first byte, to the first point at or after the end.
         first = int(np.searchsorted(self._table["decoded"], offset, side="right")) - 1
         last = int(np.searchsorted(self._table["decoded"], stop, side="left"))
+        windows = [self._read_window(number, shard) for number in range(first, last)]
         try:
-            decoded = [data for number in range(first, last) for data in self._decode_from(fd, number, stop)]
+            parts = [self._decode_from(fd, first + i, window, stop) for i, window in enumerate(windows)]
+            decoded = [data for part in parts for data in part]
         except (IsalError, zstandard.ZstdError, OSError, EOFError) as error:
             raise decompression_error(shard, f"{error}, between seek points {first} and {last}") from None
         skip = offset - self._decoded[first]
         return b"".join(decoded)[skip : skip + size]
 
-    def _decode_from(self, fd: int, number: int, stop: int) -> Iterator[bytes]:
-        """Decode from one point to the next, or to decoded position `stop` if that comes first."""
+    def _decode_from(self, fd: int, number: int, window: bytes, stop: int) -> Iterator[bytes]:
+        """Decode from one point to the next, or to decoded position `stop` if that comes first.
+
+        Args:
+            fd: the shard.
+            number: of the point.
+            window: the decoded text before the point.
+            stop: decoded position.
+        """
         start_byte, start_bit = divmod(self._bit[number], 8)
         missing = stop - self._decoded[number]
         # The compressed bytes up to the next point are enough, its own first byte included: it may share that byte.
@@ -235,7 +248,6 @@ class SeekPoints:
 
         compressed = align_to_bit(read_fully(fd, position - start_byte, start_byte), start_bit)
         # A raw deflate stream that may refer to the window, as if it had just been decoded.
-        window = self._read_window(number)
         decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=window)
         data = decoder.decompress(compressed, missing)
         yield data
@@ -252,11 +264,20 @@ class SeekPoints:
             yield data
             missing -= len(data)
 
-    def _read_window(self, number: int) -> bytes:
+    def _read_window(self, number: int, shard: Path) -> bytes:
         """Return the decoded text before a point; empty if it has none."""
         size = int(self._table["window_bytes"][number])
         if not size:
             return b""
-        with self._path.open("rb") as file:
-            data = os.pread(file.fileno(), size, int(self._table["window"][number]))
-        return zstandard.decompress(data, max_output_size=WINDOW_BYTES)
+        try:
+            with self._path.open("rb") as file:
+                data = os.pread(file.fileno(), size, int(self._table["window"][number]))
+            # The size in the frame decides how much memory the decoder takes.
+            if zstandard.frame_content_size(data) > WINDOW_BYTES:
+                raise zstandard.ZstdError("a window is too large")
+            return zstandard.decompress(data, max_output_size=WINDOW_BYTES)
+        except (zstandard.ZstdError, OSError) as error:
+            raise PropertyIndexError(
+                f"{self._path}, which has the seek points of {shard}, is damaged: {error}.\n"
+                "  Delete the file: without it, blocks are decoded from the start of the shard."
+            ) from None

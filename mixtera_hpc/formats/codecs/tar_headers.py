@@ -61,6 +61,7 @@ class _MemberOverride:
 _NO_OVERRIDE = _MemberOverride()
 MAX_OVERRIDE_BYTES = 1 << 20
 """Largest extended header that is read: names have 4,096 bytes at most on Linux."""
+MAX_LENGTH_DIGITS = len(str(MAX_OVERRIDE_BYTES))
 
 
 def buffered_reads(fd: int) -> ReadBytes:
@@ -187,12 +188,18 @@ def _parse_override(kind: bytes, data: bytes, position: int, override: _MemberOv
 def _parse_pax(data: bytes, position: int) -> dict[str, str]:
     """Parse the records of a pax header: length in decimal, space, KEY=VALUE, newline. The length counts it all."""
     records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+    start = 0
+    while start < len(data):
+        # Zeros may follow a record.
+        if data[start] == 0:
+            start += 1
+            continue
+        digits = data[start : start + MAX_LENGTH_DIGITS + 1].partition(b" ")[0]
+        end = start + int(digits) if digits.isdigit() else start
+        if not start < end <= len(data):
             raise TarError(f"the extended header at byte {position} is damaged")
         # Skip the length and its space; leave out the newline at the end.
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = data[start + len(digits) + 1 : end - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
-        data = data[int(length) :].lstrip(b"\0")
+        start = end
     return records

@@ -6,6 +6,7 @@ Face `datasets` writes), whose batches are walked once per open at about 10 µs 
 
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class RecordBatches:
             self._get_batch = batches.__getitem__
             self.count = len(batches)
         self.schema = reader.schema
+        _check_names(self.schema)
 
     def _open_file(self) -> Any:
         """Open the file format. Of compressed files only the needed columns are decoded."""
@@ -165,6 +167,17 @@ class RecordBatches:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check_names(fields: Iterable[Any]) -> None:
+    """Read the names of columns, and of the fields inside them.
+
+    Raises:
+        UnicodeDecodeError: a name is not valid UTF-8.
+    """
+    for field in fields:
+        _ = field.name
+        _check_names(field.type.field(i) for i in range(field.type.num_fields))
 
 
 def _check_column(column: Any) -> None:

@@ -8,7 +8,7 @@ import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,11 @@ class ParquetFormat:
         """Read the row groups that begin in the unit."""
         with _open_file(path) as file:
             group_scan = _RowGroupScan(file, path, spec)
+            last_byte = path.stat().st_size - 1
             for group in range(file.metadata.num_row_groups):
-                if unit.start <= _first_byte(file.metadata.row_group(group)) < unit.stop:
+                # A position outside the file belongs to a unit as well, which reports it.
+                first_byte = min(max(_first_byte(file.metadata.row_group(group)), 0), last_byte)
+                if unit.start <= first_byte < unit.stop:
                     yield from group_scan.batches(group)
             group_scan.check()
 
@@ -91,6 +94,13 @@ class _RowGroupScan:
         self._path = path
         self._spec = spec
         self._batcher = TableBatcher(path, file.schema_arrow, spec)
+        self._file_bytes = path.stat().st_size
+        metadata = file.metadata
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._first_rows = list(accumulate(rows, initial=0))
+        """First row of each row group, and the number of all rows."""
+        if self._first_rows[-1] != metadata.num_rows:
+            raise self._damaged_footer(f"its row groups have {self._first_rows[-1]} rows, not {metadata.num_rows}")
 
     def batches(self, group: int) -> Iterator[RowBatch]:
         """Yield the batches of one row group.
@@ -101,8 +111,8 @@ class _RowGroupScan:
         metadata = self._file.metadata.row_group(group)
         self._check_size(group, metadata.total_byte_size)
         # The footer has all sizes and numbers of rows; no page is read for them.
-        size = sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
-        first_row = sum(self._file.metadata.row_group(i).num_rows for i in range(group))
+        size = self._compressed_bytes(group, metadata)
+        first_row = self._first_rows[group]
         rows_before = 0
         for rows, table in self._tables(group, metadata):
             is_last = rows_before + rows == metadata.num_rows
@@ -111,6 +121,23 @@ class _RowGroupScan:
             if batch:
                 yield batch
             rows_before += rows
+        if rows_before != metadata.num_rows:
+            raise self._damaged_footer(f"row group {group} has {rows_before} rows, not {metadata.num_rows}")
+
+    def _compressed_bytes(self, group: int, metadata: Any) -> int:
+        """Return the bytes of all columns of a row group.
+
+        Raises:
+            DataError: the footer has a size that cannot be.
+        """
+        sizes = [metadata.column(i).total_compressed_size for i in range(metadata.num_columns)]
+        for i, size in enumerate(sizes):
+            if not 0 <= size <= self._file_bytes:
+                raise self._damaged_footer(f"column {i} of row group {group} has {size} bytes")
+        return sum(sizes)
+
+    def _damaged_footer(self, problem: str) -> DataError:
+        return unreadable_error(self._path, "the footer", ValueError(problem))
 
     def check(self) -> None:
         """Raise the error for rows without a readable text, if there are any."""

@@ -6,7 +6,7 @@ open, 10 µs for each, only for files that are compressed. References are to the
 """
 
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 __all__ = ["batch_sizes", "text_bytes"]
 
 _MAGIC = b"ARROW1"
+# Position of the first message of a file: the magic is padded to eight bytes.
+_FIRST_MESSAGE = 8
 _CONTINUATION = 0xFFFFFFFF
 _DICTIONARY_BATCH = 2
 _RECORD_BATCH = 3
@@ -84,13 +86,10 @@ def _view_bytes(array: Any) -> int:
 
 def _messages(data: memoryview) -> Iterator[tuple[int, int, int]]:
     """Yield kind, position of the batch's table and first byte of the body of every batch."""
-    if bytes(data[: len(_MAGIC)]) == _MAGIC:
-        starts: Iterator[tuple[int, int]] = _blocks(data)
-    else:
-        starts = _stream_positions(data)
-    for start, body in starts:
+    is_file = bytes(data[: len(_MAGIC)]) == _MAGIC
+    for start, body in _blocks(data) if is_file else _whole_stream(data):
         message = _root(data, start)
-        kind = _scalar(data, message, 1, "<B")
+        kind = _kind(data, start)
         header = _pointer(data, message, 2)
         if kind == _DICTIONARY_BATCH:
             header = _pointer(data, header, 1)
@@ -103,22 +102,43 @@ def _blocks(data: memoryview) -> Iterator[tuple[int, int]]:
     end = len(data) - len(_MAGIC) - 4
     (length,) = struct.unpack_from("<i", data, end)
     footer = _root(data, end - length)
+    behind = _FIRST_MESSAGE
     for field in (2, 3):
         for position in _vector(data, footer, field, _BLOCK.size):
-            offset, metadata_bytes, _ = _BLOCK.unpack_from(data, position)
+            offset, metadata_bytes, body_bytes = _BLOCK.unpack_from(data, position)
             yield _metadata_start(data, offset)[0], offset + metadata_bytes
+            behind = max(behind, offset + metadata_bytes + body_bytes)
+
+    # What follows the last batch is the end mark, or the footer.
+    if any(_kind(data, start) == _RECORD_BATCH for start, _ in _stream_positions(data[: end - length], behind)):
+        raise ValueError("its footer does not list all of its record batches")
 
 
-def _stream_positions(data: memoryview) -> Iterator[tuple[int, int]]:
-    """Yield the positions of the metadata and of the body of every message of a stream."""
-    position = 0
+def _whole_stream(data: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield the positions of the messages of a stream, which must have its end mark."""
+    if not (yield from _stream_positions(data, 0)):
+        raise ValueError("it has no end mark: it was cut off, or its writer was not closed")
+
+
+def _stream_positions(data: memoryview, position: int) -> Generator[tuple[int, int], None, bool]:
+    """Yield the positions of the metadata and of the body of every message; return True if there is an end mark."""
     while position + 4 <= len(data):
         start, length = _metadata_start(data, position)
         if not length:
-            return
+            return True
         body = start + length
         yield start, body
-        position = body + _scalar(data, _root(data, start), 3, "<q")
+        body_bytes = _scalar(data, _root(data, start), 3, "<q")
+        # It would lead back to an earlier message, again and again.
+        if body_bytes < 0:
+            raise ValueError(f"a message has a body of {body_bytes} bytes")
+        position = body + body_bytes
+    return False
+
+
+def _kind(data: memoryview, start: int) -> int:
+    """Return the type of a message."""
+    return _scalar(data, _root(data, start), 1, "<B")
 
 
 def _metadata_start(data: memoryview, position: int) -> tuple[int, int]:
@@ -207,5 +227,7 @@ def _vector(data: memoryview, table: int, number: int, item_bytes: int) -> Itera
     position = _pointer(data, table, number)
     if position:
         (count,) = struct.unpack_from("<I", data, position)
+        if position + 4 + count * item_bytes > len(data):
+            raise ValueError(f"a list of {count} items ends after the file")
         for i in range(count):
             yield position + 4 + i * item_bytes
