@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mixtera_hpc.errors import MixteraError
 
@@ -14,17 +15,19 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
-def explain_disk_errors(kind: type[MixteraError], problem: str, cure: str) -> Iterator[None]:
-    """Raise an error of `kind` instead of one of `DISK_ERRORS`.
+def explain_disk_errors(kind: type[MixteraError], folder: Path, problem: str, cure: str) -> Iterator[None]:
+    """Raise an error of `kind` instead of one of `DISK_ERRORS`, or of missing permissions below a folder.
 
     Args:
         kind: the type of the error.
+        folder: everything is written below it.
         problem: what cannot be written, and where.
         cure: what to do.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        is_denied = isinstance(error, PermissionError) and Path(error.filename or "").is_relative_to(folder)
+        if error.errno not in DISK_ERRORS and not is_denied:
             raise
         raise kind(f"{problem}: {os.strerror(error.errno)}.\n  {cure}") from None

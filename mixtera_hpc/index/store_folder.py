@@ -39,24 +39,41 @@ class StoreFolder:
 
     def logs(self) -> list[Path]:
         """Return the logs of finished units."""
-        return sorted(self.folder.glob("done-*.log"))
+        return sorted(self.folder.glob("done-*-*.log"))
+
+    def logged_units(self) -> set[int]:
+        """Return the units that earlier jobs have written."""
+        # The text after the last newline is a number that was cut short. A crash may damage other lines.
+        lines = [line for path in self.logs() for line in path.read_bytes().split(b"\n")[:-1]]
+        return {int(line) for line in lines if line.isdigit()}
 
     def unfinished_headers(self) -> list[Path]:
         """Return what killed jobs have left of headers that they wrote."""
         return list(self.folder.glob(UNFINISHED_HEADER))
 
-    def decode_header(self, kind: type[HeaderT], cure: str) -> HeaderT | None:
+    def decode_header(self, kind: type[HeaderT], verb: str, without: str) -> HeaderT | None:
         """Return the content of `store.json`; None if there is no such file.
 
+        Args:
+            kind: the type of the content.
+            verb: the command that writes the store.
+            without: the setting of a run without the store.
+
         Raises:
-            DataError: the file is damaged. The message ends with `cure`.
+            DataError: the file is damaged, or cannot be read.
         """
         try:
             return msgspec.json.decode(self.header.read_bytes(), type=kind)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
-            raise DataError(f"{self.header} cannot be read: {error}.\n  {cure}") from None
+        except OSError as error:
+            raise DataError(
+                f"{self.header} cannot be read: {error.strerror}.\n  Change its permissions, or set {without}."
+            ) from None
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"{self.header} is damaged: {error}.\n  Remove {self.folder} and run {verb} again, or set {without}."
+            ) from None
 
     def write_header(self, header: msgspec.Struct) -> None:
         """Replace `store.json` as a whole."""

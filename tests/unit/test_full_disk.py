@@ -1,6 +1,7 @@
 """Whatever cannot be written costs one message; what was written before stays, and why a run ended stays known."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -17,7 +18,8 @@ import torch
 from mixtera_hpc.comm.sentinel import record_failure
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane_state import pack_state
-from mixtera_hpc.errors import DataError, UserError, exit_code_of
+from mixtera_hpc.errors import ConfigError, DataError, UserError, exit_code_of
+from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
 from mixtera_hpc.training.checkpoint import Checkpoint, load_newest_checkpoint, write_checkpoint
 
@@ -99,6 +101,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path)
     # The next attempt writes it.
     write_checkpoint(run, checkpoint(2), keep=1)
     assert run.checkpoint_steps() == [2]
+
+
+def test_only_what_cannot_be_written_is_called_so(tmp_path: Path) -> None:
+    """Files of another user below the folder cannot be written; a shard that cannot be read is not below it."""
+    own = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "i.h5.tokens" / "lock"))
+    with pytest.raises(ConfigError, match=r"The store cannot be written: Permission denied\.\n  Make it writable\."):
+        raise_explained(own, tmp_path / "i.h5.tokens")
+    shard = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data" / "0.jsonl"))
+    with pytest.raises(PermissionError):
+        raise_explained(shard, tmp_path / "i.h5.tokens")
+
+
+def raise_explained(error: OSError, folder: Path) -> None:
+    with explain_disk_errors(ConfigError, folder, "The store cannot be written", "Make it writable."):
+        raise error
 
 
 def test_a_failure_that_cannot_be_recorded_leaves_room_for_another(tmp_path: Path) -> None:

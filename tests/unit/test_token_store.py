@@ -287,10 +287,27 @@ def test_a_line_of_a_log_is_written_as_a_whole(tmp_path: Path, monkeypatch: pyte
     write = os.write
     # As on a disk that is nearly full.
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1]))
-    with (tmp_path / "log").open("wb") as file:
+    with (tmp_path / "done-1-0.log").open("wb") as file:
         log_unit(file.fileno(), 123)
         log_unit(file.fileno(), 45)
-    assert (tmp_path / "log").read_text() == "123\n45\n"
+    # What a crash may leave, and a line that was cut short.
+    (tmp_path / "done-2-0.log").write_bytes(b"\0\0\n6\n7x\n8")
+    assert StoreFiles(tmp_path).logged_units() == {123, 45, 6}
+
+
+def test_a_damaged_header_is_refused_with_a_cure(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", "build", *overrides, "data.materialize=always"]) == 0
+    store = tmp_path / "i.h5.tokens"
+    (store / "store.json").write_text('{"version": 2')
+    for verb in ("tokenize", "plan"):
+        assert main([verb, *overrides]) == 2
+        message = capsys.readouterr().err
+        assert f"Remove {store} and run mixtera-hpc tokenize again, or set data.tokens=off." in message
+    shutil.rmtree(store)
+    assert main(["tokenize", *overrides]) == 0
+    assert main(["plan", *overrides]) == 0
 
 
 def test_data_that_changes_while_it_is_tokenized_is_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def lead_index_job(
     # Before anything is read: a typing error in index.path should not cost an hour.
     _check_place(job.path)
     _make_folder(folder)
-    with build_lock(folder), _record_failure(job.path), _explain_disk_errors(folder):
+    explained = _explain_disk_errors(folder)  # Inside of what records the error.
+    with _explain_disk_errors(folder), build_lock(folder), _record_failure(job.path), explained:
         failure_file(job.path).unlink(missing_ok=True)
         _resume(folder, plan, job.depends_on)
         if job.store is not None:
@@ -203,9 +204,10 @@ def _explain_disk_errors(folder: Path) -> contextlib.AbstractContextManager[None
     """Say what to do if the disk does not accept the data."""
     return explain_disk_errors(
         PropertyIndexError,
+        folder,
         f"The index cannot be written to {folder.parent}",
-        f"Make room and run this again: it continues from what was scanned so far, which is in {folder.name}. Or set "
-        "index.path to another place.",
+        "Make room, or make the folder writable, and run this again: it continues from what was scanned so far, which "
+        f"is in {folder.name}. Or set index.path to another place.",
     )
 
 

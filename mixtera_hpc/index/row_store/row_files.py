@@ -89,7 +89,7 @@ class RowStoreFiles(StoreFolder):
         Raises:
             DataError: the file is damaged.
         """
-        return self.decode_header(RowStoreHeader, CURE)
+        return self.decode_header(RowStoreHeader, "mixtera-hpc index build", "data.materialize=never")
 
 
 def configured_row_stores(config: Config, index: PropertyIndex) -> list[StoredRowBlocks]:

@@ -152,7 +152,7 @@ def _prepare(index: PropertyIndex, files: RowStoreFiles, announce: Callable[[Row
     elif earlier:
         wanted.kept_blocks = earlier[0].blocks
     units = _units(index, wanted.kept_blocks)
-    done = _logged_units(files) if same else set()
+    done = files.logged_units() if same else set()
     missing = [number for number in range(len(units)) if number not in done]
     if old is not None and same and old.complete:
         missing = []
@@ -228,11 +228,6 @@ def _complete(files: RowStoreFiles, header: RowStoreHeader) -> None:
     files.write_header(msgspec.structs.replace(header, complete=True))
     for path in files.logs():
         path.unlink()
-
-
-def _logged_units(files: RowStoreFiles) -> set[int]:
-    # The text after the last newline is a number that was cut short.
-    return {int(line) for path in files.logs() for line in path.read_bytes().split(b"\n")[:-1]}
 
 
 class _RowWriter:
@@ -323,7 +318,9 @@ def _explain_disk_errors(files: RowStoreFiles) -> AbstractContextManager[None]:
     """Say what to do if the disk does not take the data."""
     return explain_disk_errors(
         ConfigError,
+        files.folder,
         f"The row store cannot be written to {files.folder}",
-        "Everything that was scanned, and all units that are finished, stay. Make room and run the same command "
-        "again: it continues with what is missing. Or set data.materialize=never.",
+        "Everything that was scanned, and all units that are finished, stay. Make room, or make the folder and its "
+        "files writable, and run the same command again: it continues with what is missing. Or set "
+        "data.materialize=never.",
     )

@@ -108,7 +108,7 @@ class StoreFiles(StoreFolder):
         Raises:
             DataError: the file is damaged.
         """
-        return self.decode_header(StoreHeader, CURE)
+        return self.decode_header(StoreHeader, "mixtera-hpc tokenize", "data.tokens=off")
 
     def tokens_digest(self) -> str:
         """Return the digest of the size, and of the first and the last MiB, of the file of tokens.

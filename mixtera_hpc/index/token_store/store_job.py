@@ -215,9 +215,10 @@ def _explain_disk_errors(files: StoreFiles) -> AbstractContextManager[None]:
     """Say what to do if the disk does not take the data."""
     return explain_disk_errors(
         ConfigError,
+        files.folder,
         f"The token store cannot be written to {files.folder}",
-        "The index and all units that are finished stay. Make room and run the same command again: it continues with "
-        "what is missing. Or set data.tokens to a folder on another file system.",
+        "The index and all units that are finished stay. Make room, or make the folder and its files writable, and run "
+        "the same command again: it continues with what is missing. Or set data.tokens to another folder.",
     )
 
 

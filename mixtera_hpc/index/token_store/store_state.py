@@ -106,7 +106,7 @@ def prepare_store(
         header = wanted
 
     num_units = len(StoreLayout.of(index.tables, header.kept_blocks, header.kept_tokens).units())
-    done = _logged_units(files) if same else set()
+    done = files.logged_units() if same else set()
     missing = [number for number in range(num_units) if number not in done]
     if old is not None and same and old.complete:
         missing = []
@@ -228,9 +228,3 @@ def _set_sizes(files: StoreFiles, header: StoreHeader) -> None:
     for path, size in sizes.items():
         with path.open("ab") as file:
             file.truncate(size)
-
-
-def _logged_units(files: StoreFiles) -> set[int]:
-    """Return the units that earlier jobs have written."""
-    # The text after the last newline is a number that was cut short.
-    return {int(line) for path in files.logs() for line in path.read_bytes().split(b"\n")[:-1]}
