@@ -187,6 +187,9 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
                 "held_out() is called."
             )
         if refused != ["index"]:
-            advice.append("mixtera-hpc resume --help lists what can be changed in a run.")
+            advice.append(
+                "mixtera-hpc resume --help lists what can be changed in a run that has a folder, before its program is "
+                "started again."
+            )
         raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")
     return differing

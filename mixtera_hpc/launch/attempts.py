@@ -30,6 +30,7 @@ __all__ = [
     "create_attempt",
     "end_attempt",
     "is_alive",
+    "is_own_program",
     "read_end",
     "read_follow_up",
     "read_start",
@@ -179,6 +180,12 @@ def read_start(folder: RunFolder, attempt: int) -> JobRecord | None:
     """Return what was started; None where nothing was recorded."""
     data = _read(folder.job_record(attempt))
     return _record(JobRecord, data)
+
+
+def is_own_program(folder: RunFolder) -> bool:
+    """Return True if a training program of the user's, which opened the run by itself, made the newest attempt."""
+    start = read_start(folder, max(folder.attempts(), default=0))
+    return start is not None and start.kind == "program"
 
 
 def read_end(folder: RunFolder, attempt: int) -> ExitRecord | None:

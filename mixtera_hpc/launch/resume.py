@@ -15,7 +15,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import JobRecord, read_start
+from mixtera_hpc.launch.attempts import JobRecord, is_own_program, read_start
 from mixtera_hpc.launch.claim import is_renewed
 from mixtera_hpc.launch.prepare import replace_config
 from mixtera_hpc.launch.status import JUST_SUBMITTED_S, RunStatus, run_statuses
@@ -27,6 +27,7 @@ __all__ = [
     "amended_config",
     "check_ended",
     "check_resume",
+    "check_trained_by_launcher",
     "record_config",
     "recorded_overrides",
     "was_submitted",
@@ -76,11 +77,12 @@ IDENTITY_KEYS = (
 COST_KEYS = ("data.cache_bytes", "data.materialize", "data.max_amplification", "data.tokens")
 """Keys below identity keys that change only what reading costs."""
 
+SEQ_LEN = "dataplane.seq_len"
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
     "dataplane.batch_schedule": "--change-batch-size",
-    "dataplane.seq_len": "--change-seq-len",
+    SEQ_LEN: "--change-seq-len",
 }
 """The identity keys that a flag allows to change, each with its flag."""
 
@@ -90,12 +92,17 @@ class ResumeRequest:
     """The changes to a run's identity that the user asks for explicitly."""
 
     skip_steps: tuple[int, int] | None = None
-    """First and last step whose data is skipped."""
+    """First and last training step whose data is skipped."""
     drop: tuple[str, ...] = ()
     """Query expressions. Samples that match one of them are no longer served."""
     change_seed: bool = False
     change_batch_size: bool = False
     change_seq_len: bool = False
+
+    @property
+    def has_edits(self) -> bool:
+        """True if the data of the coming steps change."""
+        return self != NO_EDITS
 
     @property
     def allowed_keys(self) -> dict[str, str]:
@@ -130,9 +137,8 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
     for key, flag in allowed.items():
         # A flag may allow several keys; the first one is named.
         if not any(other in changed for other, same in allowed.items() if same == flag):
-            raise LaunchError(
-                f"{flag} is given, but {key} is still {before.get(key)!r}.\n  Give {key}=<value> as well, or remove it."
-            )
+            cure = "Give it another number" if key == SEQ_LEN else f"Give {key}=<value> as well"
+            raise LaunchError(f"{flag} is given, but {key} is still {before.get(key)!r}.\n  {cure}, or remove it.")
     refused = [key for key in changed if _is_identity(key) and key not in request.allowed_keys]
     if refused:
         values = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
@@ -194,6 +200,16 @@ def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -
         replace_config(folder, to_plain(config), overrides)
 
 
+def check_trained_by_launcher(folder: RunFolder) -> None:
+    """Refuse a run that only a training program of the user's can continue."""
+    if is_own_program(folder):
+        raise LaunchError(
+            f"{folder.run_id} belongs to a training program of yours, which opened {folder.path} by itself.\n"
+            "  Start that program again, and let it load the state that it saved (DataPlane.load_state_dict). To "
+            "change its data first, run this command without mpiexec and with the change, e.g. --change-seq-len N."
+        )
+
+
 def check_ended(folder: RunFolder) -> int:
     """Return the newest attempt of a run that has ended, for `create_attempt(after=…)`; refuse an active run.
 
@@ -202,11 +218,6 @@ def check_ended(folder: RunFolder) -> int:
     """
     newest = max(folder.attempts(), default=0)
     start = read_start(folder, newest)
-    if start is not None and start.kind == "program":
-        raise LaunchError(
-            f"{folder.run_id} belongs to a training program of yours, which opened {folder.path} by itself.\n"
-            "  Start that program again, and let it load the state that it saved (DataPlane.load_state_dict)."
-        )
     status = run_statuses([folder], datetime.now(UTC))[0]
     if newest and start is None and _age_s(folder.attempt(newest)) < JUST_SUBMITTED_S:
         raise LaunchError(

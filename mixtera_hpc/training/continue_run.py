@@ -4,17 +4,24 @@ Everything that can be checked is checked before anything is recorded, so a refu
 Only if sbatch itself refuses the job, the recorded changes stay; then `mixtera-hpc resume RUN` submits it with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import start_local_attempt
-from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest, amended_config, check_ended, record_config
+from mixtera_hpc.launch.resume import (
+    NO_EDITS,
+    ResumeRequest,
+    amended_config,
+    check_ended,
+    check_trained_by_launcher,
+    record_config,
+)
 from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
 from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
-__all__ = ["continue_run", "submit_next_attempt"]
+__all__ = ["continue_run", "edit_program_run", "submit_next_attempt"]
 
 
 def continue_run(
@@ -38,6 +45,7 @@ def continue_run(
     def prepare(num_ranks: int) -> Attempt:
         if attempt is not None:
             return Attempt(folder=folder, number=attempt)
+        check_trained_by_launcher(folder)
         newest = check_ended(folder)
         _check_num_ranks(config, num_ranks)
         _record_changes(folder, config, overrides, request)
@@ -54,11 +62,25 @@ def submit_next_attempt(folder: RunFolder, overrides: Sequence[str], request: Re
         LaunchError: The run has not ended, a change is not allowed, or Slurm refuses the job.
         ConfigError: The amended configuration is not valid.
     """
+    check_trained_by_launcher(folder)
     newest = check_ended(folder)
     config = amended_config(folder, overrides, request)
     check_submittable(config)
     _record_changes(folder, config, overrides, request)
     return submit_attempt(folder, config, after=newest)
+
+
+def edit_program_run(folder: RunFolder, overrides: Sequence[str], request: ResumeRequest) -> list[str]:
+    """Record the edit of a run that a training program of the user's continues; return what to set in the program.
+
+    Raises:
+        LaunchError: The run has not ended, or a change is not allowed.
+        ConfigError: The amended configuration is not valid.
+    """
+    config = amended_config(folder, overrides, request)
+    check_ended(folder)
+    changes = _record_changes(folder, config, overrides, request)
+    return [override for override in overrides if override.partition("=")[0].removeprefix("dataplane.") in changes]
 
 
 def _check_num_ranks(config: Config, num_ranks: int) -> None:
@@ -69,11 +91,17 @@ def _check_num_ranks(config: Config, num_ranks: int) -> None:
     BatchSlice.of(config.dataplane, 0, num_ranks)
 
 
-def _record_changes(folder: RunFolder, config: Config, overrides: Sequence[str], request: ResumeRequest) -> None:
-    """Record the run edit that leads to `config`, then `config` itself. One process calls this."""
+def _record_changes(
+    folder: RunFolder, config: Config, overrides: Sequence[str], request: ResumeRequest
+) -> Collection[str]:
+    """Record the run edit that leads to `config`, then `config` itself; return the changed fields of the identity.
+
+    One process calls this.
+    """
     # Imported here because it imports h5py, which `--help` does not need.
     from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
 
     recorded = load_config(folder.config)
-    check_and_record_edit(folder, recorded, config, skip_steps=request.skip_steps, drop=request.drop)
+    edit = check_and_record_edit(folder, recorded, config, skip_steps=request.skip_steps, drop=request.drop)
     record_config(folder, config, overrides)
+    return edit.changes if edit else ()

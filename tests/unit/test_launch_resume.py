@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -248,6 +249,11 @@ def test_a_run_that_has_ended_cannot_be_cancelled(folder: RunFolder, make_config
 
     with pytest.raises(LaunchError, match="is waiting or running"):
         cancel_now(folder)
+
+
+def test_two_lengths_of_sequences_are_refused(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(folder.path), "--change-seq-len", "64", "dataplane.seq_len=32"]) == 2
+    assert "--change-seq-len is 64, but dataplane.seq_len=32 is given as well" in capsys.readouterr().err
 
 
 def test_sizes_change_with_their_flag_only(folder: RunFolder) -> None:

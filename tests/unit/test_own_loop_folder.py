@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from mixtera_hpc.cli.main import main
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose, load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import BatchStageConfig, Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
+from mixtera_hpc.dataplane.resume.run_edits import read_run_edits
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks
+from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.track.event_reader import read_events
 
 pytestmark = pytest.mark.slow
@@ -86,6 +92,53 @@ def test_the_verbs_know_the_run_of_an_own_loop(
     assert main(["report", str(folder.path)]) == 0
     assert main(["resume", str(folder.path)]) == 2
     assert "belongs to a training program of yours" in capsys.readouterr().err
+
+
+def resized(config: Config, **sizes: Any) -> Config:
+    return replace(config, dataplane=replace(config.dataplane, **sizes))
+
+
+def test_an_own_loop_continues_with_the_changes_of_resume(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "mine" / "edited")
+    state = train(config, folder, 5)
+    longer = resized(config, seq_len=40)
+    with pytest.raises(ConfigError, match="resume --help lists what can be changed in a run that has a folder"):
+        train(longer, folder, 1, state)
+
+    assert main(["resume", str(folder.path), "--change-seq-len", "16"]) == 2
+    assert "dataplane.seq_len is still 16.\n  Give it another number" in capsys.readouterr().err
+    assert main(["resume", str(folder.path), "--change-seq-len", "40"]) == 0
+    assert "Start your program again with dataplane.seq_len=40" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="seq_len was changed to 40, is 16"):
+        train(config, folder, 1, state)
+    state = train(longer, folder, 4, state)
+
+    ramp = "dataplane.batch_schedule=[{start: 11, size: 24}]"
+    words = ["--drop", "source == 'ast'", "--skip-steps", "7..8", "--change-batch-size", ramp]
+    assert main(["resume", str(folder.path), *words]) == 0
+    last = resized(longer, batch_schedule=[BatchStageConfig(start=11, size=24)])
+    with pytest.raises(
+        ConfigError, match="The saved state is of step 9, but an edit made the run continue from step 7"
+    ):
+        train(last, folder, 1, state)
+    words = ["--skip-steps", "12..13"]  # Behind all states: any of them can be loaded.
+    assert main(["resume", str(folder.path), *words]) == 0
+    assert [edit.at_step for edit in read_run_edits(folder.decisions)] == [5, 7, 9]
+
+
+def test_a_submitted_program_continues_from_its_own_checkpoints_after_an_edit(config: Config, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "mine" / "submitted")
+    state = train(config, folder, 5)
+    # `training.num_steps` is of no meaning to such a program.
+    training = replace(config.training, num_steps=2)
+    program = replace(config, job=replace(config.job, command=["mine"]), training=training)
+    longer = resized(program, seq_len=40)
+    assert check_and_record_edit(folder, program, longer) is not None
+    train(longer, folder, 4, state)
+    run = History(folder.journal)
+    assert verify_run(AttemptSources(longer), folder, run).num_steps == 9
 
 
 def test_a_mixture_that_hears_no_losses_shows_in_status_and_report(

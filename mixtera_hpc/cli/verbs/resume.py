@@ -99,7 +99,8 @@ def _resume(args: Namespace) -> int:
     # Imported here because they import numpy, which takes longer than `--help` may take.
     from mixtera_hpc.cli.documents_file import read_documents
     from mixtera_hpc.comm.launcher import started_by_launcher
-    from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
+    from mixtera_hpc.launch.attempts import is_own_program
+    from mixtera_hpc.training.continue_run import continue_run, edit_program_run, submit_next_attempt
 
     folder = find_run(args)
     drop = list(args.drop)
@@ -114,12 +115,26 @@ def _resume(args: Namespace) -> int:
     )
     overrides = list(args.overrides)
     if args.change_seq_len is not None:
-        overrides.append(f"dataplane.seq_len={args.change_seq_len}")
+        overrides.append(_seq_len_override(args.change_seq_len, overrides))
+    if request.has_edits and is_own_program(folder) and not started_by_launcher():
+        to_set = edit_program_run(folder, overrides, request)
+        settings = f" with {' '.join(to_set)}" if to_set else ""
+        print(f"Start your program again{settings}, and let it load its newest state.")
+        return 0
     if not args.submit and (args.here or started_by_launcher() or not was_submitted(folder)):
         return continue_run(folder, overrides, request)
     submitted = submit_next_attempt(folder, overrides, request)
     print_submitted(submitted)
     return follow_submitted(submitted) if args.wait else 0
+
+
+def _seq_len_override(seq_len: int, overrides: list[str]) -> str:
+    """Return the override of `--change-seq-len`; refuse a second value."""
+    override = f"dataplane.seq_len={seq_len}"
+    others = [word for word in overrides if word.startswith("dataplane.seq_len=") and word != override]
+    if others:
+        raise ConfigError(f"--change-seq-len is {seq_len}, but {others[0]} is given as well.\n  Remove one of them.")
+    return override
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.reading.shared_index import select_subset
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
@@ -26,6 +27,7 @@ from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.index.read.configured import open_configured
+from mixtera_hpc.launch.attempts import is_own_program
 
 __all__ = ["check_and_record_edit"]
 
@@ -39,8 +41,10 @@ def check_and_record_edit(
     *,
     skip_steps: tuple[int, int] | None = None,
     drop: Sequence[str] = (),
-) -> None:
+) -> RunEdit | None:
     """Check and record the run edit that turns `before` into `after`. One process calls this, between attempts.
+
+    Returns None if nothing changes.
 
     Args:
         before: The recorded configuration.
@@ -54,20 +58,32 @@ def check_and_record_edit(
         MixtureError: No sample would be left of a domain in the mixture.
     """
     earlier = read_run_edits(folder.decisions)
-    at_step = _checkpoint_step(folder, skip_steps, earlier)
+    # Only the reference trainer keeps its checkpoints where we look, and ends at `training.num_steps`.
+    is_program = bool(after.job.command) or is_own_program(folder)
+    at_step = _checkpoint_step(folder, skip_steps, earlier, is_program=is_program)
     edit = run_edit_between(before, after, earlier, at_step=at_step, skip_steps=skip_steps, drop=drop)
     if drop:
         _check_drop(pin_to_run(after, folder.journal), dropped_expressions(earlier), drop)
-    _check_steps_remain(folder, at_step, after.training.num_steps)
-    if edit is None:
-        return
-    record_run_edit(folder.decisions, edit)
-    _logger.info("The run continues from step %d; the edit is recorded in %s.", at_step, folder.decisions)
+    if not is_program:
+        _check_steps_remain(folder, at_step, after.training.num_steps)
+    if edit is not None:
+        record_run_edit(folder.decisions, edit)
+        limit = " or an earlier one" if is_program else ""
+        _logger.info("The run continues from step %d%s; the edit is recorded in %s.", at_step, limit, folder.decisions)
+    return edit
 
 
-def _checkpoint_step(folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit]) -> int:
-    """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints."""
+def _checkpoint_step(
+    folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit], *, is_program: bool
+) -> int:
+    """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints.
+
+    A training program of the user's may keep its checkpoints anywhere. Those of all steps that it served are usable.
+    """
     steps = sorted(state["next_step"] for state in saved_states(folder) if not is_abandoned(state, earlier))
+    if is_program and not steps and folder.journal.is_file():
+        end = max((attempt.served_end for attempt in History(folder.journal).attempts), default=0)
+        return end if skip_steps is None else min(end, skip_steps[0])
     if skip_steps is None:
         return steps[-1] if steps else 0
 

@@ -47,6 +47,7 @@ def find_resume_point(source: Source, state: PlaneState | None, edits: Sequence[
     pending = edits[state.stream_version.number if state else 0 :]
     version = state.stream_version if state else StreamVersion.start(source.num_domains)
     version = replace(version.with_skips(edit.skip for edit in pending if edit.skip), number=len(edits))
+    _check_applied(source, pending)
     if state is None:
         start = PlannerState.start(source.num_domains)
         return ResumePoint(step=0, plan=_empty_plan(start), stream_version=version)
@@ -57,6 +58,22 @@ def find_resume_point(source: Source, state: PlaneState | None, edits: Sequence[
     if not changed:
         return ResumePoint(step=state.next_step, plan=state.plan, stream_version=version)
     return _edited_resume_point(source, state, version, changed)
+
+
+def _check_applied(source: Source, pending: Sequence[RunEdit]) -> None:
+    """Raise ConfigError unless `source` has the values that the newest edits give."""
+    wanted = {name: after for edit in pending for name, (_, after) in edit.changes.items()}
+    identity = source.identity()
+    lines = [
+        f"\n  - {name} was changed to {after!r}, is {identity[name]!r}"
+        for name, after in wanted.items()
+        if identity[name] != after
+    ]
+    if lines:
+        raise ConfigError(
+            "mixtera-hpc resume has changed the run, but the data plane was opened with other settings:"
+            f"{''.join(lines)}\n  Open it with the values that the run was changed to, or change the run again."
+        )
 
 
 def _check_not_abandoned(state: PlaneState, pending: Sequence[RunEdit]) -> None:
