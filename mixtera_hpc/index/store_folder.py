@@ -5,20 +5,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
 
-__all__ = ["StoreFolder", "blocks_by_source", "log_unit"]
+__all__ = ["Count", "StoreFolder", "blocks_by_source", "log_unit"]
 
 UNFINISHED_HEADER = ".store.json.*.part"
 """Name of a header that is being written, with the id of the process."""
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
 HeaderT = TypeVar("HeaderT", bound=msgspec.Struct)
 
 
@@ -70,7 +72,7 @@ class StoreFolder:
             raise DataError(
                 f"{self.header} cannot be read: {error.strerror}.\n  Change its permissions, or set {without}."
             ) from None
-        except msgspec.DecodeError as error:
+        except JSON_ERRORS as error:
             raise DataError(
                 f"{self.header} is damaged: {error}.\n  Remove {self.folder} and run {verb} again, or set {without}."
             ) from None

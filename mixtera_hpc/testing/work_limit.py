@@ -1,5 +1,9 @@
-"""Limit the work of code under test by what it does, not by a clock: executed lines of Python and allocated bytes."""
+"""Limit the work of code under test by what it does, not by a clock: executed lines of Python and allocated bytes.
 
+Where counting would be too slow, a generous limit of time turns an endless loop into a failure.
+"""
+
+import signal
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -7,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["WorkLimitExceeded", "limited_work"]
+__all__ = ["WorkLimitExceeded", "limited_time", "limited_work"]
 
 
 class WorkLimitExceeded(BaseException):
@@ -44,3 +48,24 @@ def limited_work(*, lines: int, num_bytes: int) -> Iterator[None]:
         tracemalloc.stop()
     if peak > num_bytes:
         raise WorkLimitExceeded(f"{peak} bytes of memory at a time, more than {num_bytes}")
+
+
+@contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """Stop the body, in the main thread, after some seconds. A loop inside a library of another language goes on.
+
+    Raises:
+        WorkLimitExceeded: the time is over.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
+        raise WorkLimitExceeded(f"more than {seconds} s, now in {place}")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -189,6 +189,20 @@ def test_a_stream_that_was_cut_off_between_two_batches_is_refused(tmp_path: Path
             num_rows(path, "arrow", SPECS["documents"])
 
 
+@pytest.mark.parametrize("message", [0, 1, 2])
+def test_an_end_mark_in_the_middle_of_a_stream_loses_no_rows(message: int, tmp_path: Path) -> None:
+    """A message whose length is damaged to 0 is an end mark; so is the end of the first of two joined streams."""
+    path = tmp_path / "shard.arrow"
+    data = write_arrow(path, stream=True)
+    start = [start for start, _ in arrow_sizes._stream_positions(memoryview(bytes(data)), 0)][message]
+    joined = data + data
+    struct.pack_into("<I", data, start - 4, 0)
+    for content in (data, joined):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"shard\.arrow"):
+            num_rows(path, "arrow", SPECS["documents"])
+
+
 @pytest.mark.parametrize("name", [b"number", b"inside"])
 @pytest.mark.parametrize("spec", ["documents", "nothing"])
 @pytest.mark.parametrize("format_name", ["arrow", "parquet"])

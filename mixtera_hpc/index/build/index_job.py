@@ -20,6 +20,7 @@ from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.disk_errors import explain_disk_errors
 from mixtera_hpc.index.layout import VERSION, building_folder, failure_file
+from mixtera_hpc.index.open_file import DAMAGE
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanTasks, scan_in_parallel
 from mixtera_hpc.index.scan.scan_log import LOG_PATTERN, LogRecord, build_lock, complete_units, read_logs, recover_logs
 from mixtera_hpc.index.scan.scan_result import ScanResult
@@ -173,7 +174,7 @@ def _is_index(path: Path) -> bool:
     try:
         with h5py.File(path, "r", locking=False) as file:
             return "chunk_rows" in file.attrs
-    except (OSError, RuntimeError):
+    except DAMAGE:
         # HDF5 by its signature, but damaged: most likely an index.
         return True
 

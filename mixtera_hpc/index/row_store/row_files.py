@@ -14,13 +14,14 @@ Rows of files that are not compressed JSON lines, and rows that the build skippe
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
-from mixtera_hpc.index.store_folder import StoreFolder, blocks_by_source
+from mixtera_hpc.index.store_folder import Count, StoreFolder, blocks_by_source
 
 __all__ = [
     "FRAME_BYTES",
@@ -46,11 +47,11 @@ class RowStoreHeader(msgspec.Struct, kw_only=True):
     version: int = VERSION
     index: str
     """Fingerprint of the index."""
-    rows: int
+    rows: Count
     """Rows of the index."""
-    places: str
+    places: Annotated[str, msgspec.Meta(pattern="^places-[0-9a-f]+[.]bin$")]
     """Name of the file with the place of every row."""
-    kept_blocks: int = 0
+    kept_blocks: Count = 0
     """First blocks of the index whose rows were there before the last refresh."""
     generations: list[str] = []
     """Fingerprints of earlier states of the index, whose rows come first in it."""

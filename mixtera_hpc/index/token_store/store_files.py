@@ -15,6 +15,7 @@ highest bit is set for those that are not trained.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -24,7 +25,7 @@ from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
 from mixtera_hpc.index.shards import fingerprint_of_shard
-from mixtera_hpc.index.store_folder import StoreFolder, blocks_by_source
+from mixtera_hpc.index.store_folder import Count, StoreFolder, blocks_by_source
 
 __all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "store_folder", "token_type"]
 
@@ -42,19 +43,19 @@ class StoreHeader(msgspec.Struct, kw_only=True):
     """Fingerprint of the index."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
-    dtype: str
+    dtype: Annotated[str, msgspec.Meta(pattern="^<u[24]$")]
     """Type of the token ids: `<u2` or `<u4`."""
     chat_loss: str = ""
     """Value of `dataplane.chat_loss` that decided which tokens of conversations are trained; empty without any."""
-    rows: int
+    rows: Count
     """Rows of the index."""
-    tokens: int
+    tokens: Count
     """Tokens in the file, those of shards that are not in the index any more included."""
-    starts: str
+    starts: Annotated[str, msgspec.Meta(pattern="^starts-[0-9a-f]+[.]bin$")]
     """Name of the file with the first token of every row."""
-    kept_blocks: int = 0
+    kept_blocks: Count = 0
     """First blocks of the index whose tokens were there before the last refresh."""
-    kept_tokens: int = 0
+    kept_tokens: Count = 0
     """Tokens that were there before the last refresh; the others are laid out behind them."""
     generations: list[str] = []
     """Fingerprints of earlier states of the index, whose rows come first in it."""

@@ -115,17 +115,24 @@ def _blocks(data: memoryview) -> Iterator[tuple[int, int]]:
 
 
 def _whole_stream(data: memoryview) -> Iterator[tuple[int, int]]:
-    """Yield the positions of the messages of a stream, which must have its end mark."""
-    if not (yield from _stream_positions(data, 0)):
+    """Yield the positions of the messages of a stream, which must end with its end mark."""
+    end = yield from _stream_positions(data, 0)
+    if end is None:
         raise ValueError("it has no end mark: it was cut off, or its writer was not closed")
+    if end < len(data):
+        raise ValueError(f"it goes on behind its end mark, which ends at byte {end}")
 
 
-def _stream_positions(data: memoryview, position: int) -> Generator[tuple[int, int], None, bool]:
-    """Yield the positions of the metadata and of the body of every message; return True if there is an end mark."""
+def _stream_positions(data: memoryview, position: int) -> Generator[tuple[int, int], None, int | None]:
+    """Yield the positions of the metadata and of the body of every message.
+
+    Returns:
+        The first byte behind the end mark; None if there is none.
+    """
     while position + 4 <= len(data):
         start, length = _metadata_start(data, position)
         if not length:
-            return True
+            return start
         body = start + length
         yield start, body
         body_bytes = _scalar(data, _root(data, start), 3, "<q")
@@ -133,7 +140,7 @@ def _stream_positions(data: memoryview, position: int) -> Generator[tuple[int, i
         if body_bytes < 0:
             raise ValueError(f"a message has a body of {body_bytes} bytes")
         position = body + body_bytes
-    return False
+    return None
 
 
 def _kind(data: memoryview, start: int) -> int:
