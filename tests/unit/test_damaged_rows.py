@@ -2,10 +2,13 @@
 
 import logging
 import os
+import random
+import string
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
@@ -14,6 +17,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.text_sample import sample_texts
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing import writers
@@ -24,11 +28,33 @@ ROW_BYTES = 8192
 BATCH = 4
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    rows = [{"text": f"{number:06}" + "x" * ROW_BYTES} for number in range(NUM_ROWS)]
-    writers.write_jsonl(tmp_path, rows)
-    words = [f"data.root={tmp_path}", f"index.path={tmp_path / 'i.h5'}", "mixture.unit=samples"]
+ROWS_PER_FRAME = 10
+
+
+def text_of(row: int) -> str:
+    """Return the text of a row: its number, and letters of which compression saves nothing."""
+    return f"{row:06}" + "".join(random.Random(row).choices(string.ascii_letters, k=ROW_BYTES))
+
+
+@pytest.fixture(params=["jsonl", "zst"])
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> Config:
+    """Return the configuration of a file, plain or in compressed frames that contain the characters as they are."""
+    rows = [{"text": text_of(number)} for number in range(NUM_ROWS)]
+    if request.param == "jsonl":
+        writers.write_jsonl(tmp_path, rows)
+    else:
+        lines = writers.json_lines(rows)
+        compress = zstandard.ZstdCompressor(level=-100).compress
+        frames = [
+            compress(b"".join(lines[first : first + ROWS_PER_FRAME])) for first in range(0, NUM_ROWS, ROWS_PER_FRAME)
+        ]
+        (tmp_path / "shard.jsonl.zst").write_bytes(b"".join(frames))
+    words = [
+        f"data.root={tmp_path}",
+        f"index.path={tmp_path / 'i.h5'}",
+        "mixture.unit=samples",
+        "data.materialize=never",
+    ]
     built = compose([*words, f"dataplane.global_batch_size={BATCH}", "mixture.on_exhausted=redistribute"])
     build_index(built)
     return built
@@ -52,11 +78,11 @@ def served_until_error(source: Source) -> tuple[list[str], str]:
 
 
 def damage(shard: Path, row: int) -> None:
-    """Overwrite the begin of a row; size and modification time stay as they are."""
+    """Overwrite characters of a row; size and modification time stay as they are."""
     status = shard.stat()
     content = bytearray(shard.read_bytes())
-    begin = content.index(f"{row:06}".encode())
-    content[begin - 4 : begin] = b"\x00\x00\x00\x00"
+    begin = content.index(text_of(row)[ROW_BYTES // 2 :][:16].encode())
+    content[begin : begin + 4] = b"\x00\x00\x00\x00"
     shard.write_bytes(content)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -68,7 +94,7 @@ def test_the_steps_before_a_damaged_row_are_served_and_it_is_named(
     order, error = served_until_error(source)
     assert not error
     assert len(order) >= NUM_ROWS
-    [shard] = Path(config.data.root or "").glob("*.jsonl")
+    [shard] = Path(config.data.root or "").glob("shard.*")
     rows = np.array([int(text) for text in order])
     # A row in the middle of the file, and in the middle of a read of several steps.
     assert steps_per_read(source, BatchSlice(), items_per_read(source)) > 10
@@ -78,4 +104,12 @@ def test_the_steps_before_a_damaged_row_are_served_and_it_is_named(
         served, error = served_until_error(open_source(config, Local()))
     assert served == order[: step * BATCH]
     assert shard.name in error
+    assert [r for r in caplog.messages if "again, one shard after the other" in r and shard.name in r]
+
+
+def test_a_damaged_row_is_named_where_texts_are_read(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    [shard] = Path(config.data.root or "").glob("shard.*")
+    damage(shard, NUM_ROWS // 2)
+    with pytest.raises(DataError, match=shard.name), caplog.at_level(logging.WARNING, "mixtera_hpc"):
+        list(sample_texts(config, 1 << 30))
     assert [r for r in caplog.messages if "again, one shard after the other" in r and shard.name in r]

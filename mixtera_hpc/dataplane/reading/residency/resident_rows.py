@@ -3,7 +3,7 @@
 When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
 they are served. So do the rows that other domains of the same speed need soon (`rows_ahead`). A domain that moves at
 another speed decodes each block once more. Rows of JSON lines stay in memory as lines, and rows with nested values as
-pickles. They become objects when they are served, see `packed_rows`.
+pickles, see `packed_rows`. They are served like this, and become objects when their batch is made.
 
 If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
 window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup
@@ -28,6 +28,8 @@ __all__ = ["MAX_ROW_SHARE", "ReadBlock", "ResidentRows"]
 
 ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
 """Decodes a block and returns the named rows of it, given their ascending positions."""
+AreRead = Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+"""Returns which blocks are decoded as a whole, given their numbers; shape (n,)."""
 MAX_ROW_SHARE = 0.75
 """Largest part of the memory of a process for rows of windows in use; rows for later windows have the rest."""
 MIN_SHARE = 1 / 64
@@ -44,28 +46,22 @@ class _WindowRows:
     def __init__(self, start: int, rows: list[Any], unpacks: list[Unpack | None]) -> None:
         self.start = start
         self.rows = rows
+        """None for rows that were served, or that are not read by blocks: a window may mix formats."""
         self._unpacks = unpacks
         """The function that unpacks each row."""
-        self.num_remaining = len(rows)
-        self.num_bytes = sum(map(num_bytes, rows))
+        own = [row for row in rows if row is not None]
+        self.num_remaining = len(own)
+        self.num_bytes = sum(map(num_bytes, own))
 
-    def get(self, positions: list[int]) -> Sequence[Any] | None:
-        """Return the rows at these positions of the window; None if one of them is not here.
-
-        Raises:
-            ValueError, or one of `JSON_ERRORS`: a row cannot be unpacked.
-        """
+    def get(self, positions: list[int]) -> tuple[list[Any], list[Unpack | None]] | None:
+        """Return the rows at these positions of the window, packed, and how to unpack each; None if one is not here."""
         start = self.start
         if min(positions) < start or max(positions) >= start + len(self.rows):
             return None
         rows = [self.rows[position - start] for position in positions]
         if any(row is None for row in rows):
             return None
-        unpacks = [self._unpacks[position - start] for position in positions]
-        # Nearly always all shards have rows of the same kind.
-        if len(set(unpacks)) == 1:
-            return rows if unpacks[0] is None else unpacks[0](rows)
-        return [row if unpack is None else unpack([row])[0] for row, unpack in zip(rows, unpacks, strict=True)]
+        return rows, [self._unpacks[position - start] for position in positions]
 
     def drop(self, positions: list[int]) -> int:
         """Free rows that were served, and return their bytes."""
@@ -84,7 +80,12 @@ class ResidentRows:
     """Serves rows of blocks that are decoded as a whole. One per reading thread."""
 
     def __init__(
-        self, max_bytes: int, read_block: ReadBlock, pack_block: PackBlock, ahead: RowsAhead | None = None
+        self,
+        max_bytes: int,
+        read_block: ReadBlock,
+        pack_block: PackBlock,
+        are_read: AreRead,
+        ahead: RowsAhead | None = None,
     ) -> None:
         """Keep nothing yet.
 
@@ -92,6 +93,7 @@ class ResidentRows:
             max_bytes: budget for all rows.
             read_block: decodes blocks.
             pack_block: the same, for rows that stay in memory.
+            are_read: tells which blocks of a window are read here.
             ahead: rows that other domains need later; None to keep none.
         """
         self._max_bytes = max_bytes
@@ -99,6 +101,7 @@ class ResidentRows:
         self._ahead = ahead
         self._read_block = read_block
         self._pack_block = pack_block
+        self._are_read = are_read
         self._windows: OrderedDict[WindowKey, _WindowRows] = OrderedDict()
         """Key of the window → its rows, the one used last at the end."""
         self._num_bytes = 0
@@ -113,8 +116,8 @@ class ResidentRows:
         """Bytes of all rows in memory."""
         return self._num_bytes + (0 if self._ahead is None else self._ahead.num_bytes)
 
-    def read(self, documents: Documents) -> list[Any]:
-        """Return the rows of `documents`, in their order.
+    def read(self, documents: Documents) -> tuple[list[Any], list[Unpack | None]]:
+        """Return the rows of `documents` as they stay in memory, and how to unpack each of them.
 
         Raises:
             DataError: a block cannot be decoded.
@@ -122,27 +125,30 @@ class ResidentRows:
         if self._ahead is not None:
             self._ahead.advance(documents)
         rows: list[Any] = [None] * len(documents.block)
+        unpacks: list[Unpack | None] = [None] * len(documents.block)
         by_window = np.argsort(documents.window, kind="stable")
         for first, last in equal_runs(documents.window[by_window]):
             chosen = by_window[first:last]
             window = documents.windows[int(documents.window[chosen[0]])]
-            for number, row in zip(chosen.tolist(), self._read(window, documents.place[chosen].tolist()), strict=True):
+            own = self._read(window, documents.place[chosen].tolist())
+            for number, row, unpack in zip(chosen.tolist(), *own, strict=True):
                 rows[number] = row
-        return rows
+                unpacks[number] = unpack
+        return rows, unpacks
 
-    def _read(self, window: StreamWindow, positions: list[int]) -> Sequence[Any]:
-        """Return the rows at some positions of a window."""
+    def _read(self, window: StreamWindow, positions: list[int]) -> tuple[list[Any], list[Unpack | None]]:
+        """Return the rows at some positions of a window, and how to unpack them."""
         held = self._windows.get(window.key)
-        try:
-            rows = held.get(positions) if held is not None else None
-            if held is None or rows is None:
+        rows = held.get(positions) if held is not None else None
+        if held is None or rows is None:
+            try:
                 held = self._load(window, min(positions), max(positions) + 1)
                 rows = held.get(positions)
-        except (DataError, ValueError, *JSON_ERRORS):
-            rows = None
+            except (DataError, ValueError, *JSON_ERRORS):
+                rows = None
         if held is None or rows is None:
             # A row is damaged. One that is needed later is reported then.
-            return _read_rows(window, np.array(positions), self._read_block)
+            return _read_rows(window, np.array(positions), self._read_block), [None] * len(positions)
         self._windows.move_to_end(window.key)
         self._num_bytes -= held.drop(positions)
         if not held.num_remaining:
@@ -169,18 +175,30 @@ class ResidentRows:
         return held
 
     def _packed_rows(self, window: StreamWindow, positions: NDArray[np.int64]) -> tuple[list[Any], list[Unpack | None]]:
-        """Return the rows at some positions of a window as they stay in memory, and how to unpack each of them."""
+        """Return the rows at some positions of a window as they stay in memory, and how to unpack each of them.
+
+        Those of blocks that are not read here are None.
+        """
         unpack_of_block: dict[int, Unpack | None] = {}
         if self._ahead is not None:
             self._ahead.enter(window.key, np.unique(window.block[positions]), self._windows.__contains__)
+        own = np.flatnonzero(self._are_read(window.block[positions]))
 
         def read(block: int, rows: NDArray[np.int64]) -> Sequence[Any]:
             packed = self._pack(window.key.domain, block, rows)
             unpack_of_block[block] = packed.unpack
             return packed.values
 
-        values = _read_rows(window, positions, read)
-        return values, list(map(unpack_of_block.__getitem__, window.block[positions].tolist()))
+        values = _read_rows(window, positions[own], read)
+        unpacks = list(map(unpack_of_block.__getitem__, window.block[positions[own]].tolist()))
+        if len(own) == len(positions):
+            return values, unpacks
+        spread: list[Any] = [None] * len(positions)
+        spread_unpacks: list[Unpack | None] = [None] * len(positions)
+        for number, value, unpack in zip(own.tolist(), values, unpacks, strict=True):
+            spread[number] = value
+            spread_unpacks[number] = unpack
+        return spread, spread_unpacks
 
     def _pack(self, domain: int, block: int, rows: NDArray[np.int64]) -> PackedRows:
         return self._pack_block(block, rows) if self._ahead is None else self._ahead.pack(domain, block, rows)

@@ -25,6 +25,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, map_array
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.base import RowDecoder
 from mixtera_hpc.formats.file_memory import load_pages, release_pages
 
 __all__ = ["MIN_DENSITY", "MappedRows"]
@@ -59,6 +60,16 @@ class MappedPlaces(NamedTuple):
     """First byte of each row in `memory`."""
     stop: Ints
     """One past its last byte; greater than the first."""
+
+    def texts(self, decoder: RowDecoder, at_once: int) -> list[str]:
+        """Return the texts of the rows, of which `at_once` are decoded together."""
+        texts: list[str] = []
+        first = self.first.tolist()
+        stop = self.stop.tolist()
+        for begin in range(0, len(first), at_once):
+            group = slice(begin, begin + at_once)
+            texts += decoder.documents([self.memory[a:b] for a, b in zip(first[group], stop[group], strict=True)])
+        return texts
 
 
 NOT_MAPPED = MappedPlaces(memoryview(b""), *(np.zeros(0, np.int64) for _ in range(3)))

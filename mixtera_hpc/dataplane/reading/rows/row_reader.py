@@ -18,9 +18,9 @@ from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_
 from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows, packed
 from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
-from mixtera_hpc.dataplane.reading.rows.mapped_rows import NOT_MAPPED, MappedPlaces, MappedRows
+from mixtera_hpc.dataplane.reading.rows.mapped_rows import NOT_MAPPED, MappedRows
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
-from mixtera_hpc.dataplane.reading.rows.read_rows import EncodedRows, ReadableShard, ReadRows, Row
+from mixtera_hpc.dataplane.reading.rows.read_rows import DecodeRows, EncodedRows, ReadableShard, ReadRows
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER, ROWS, ShardKinds
 from mixtera_hpc.dataplane.reading.source import Source
@@ -29,6 +29,7 @@ from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, GroupReader, RangeReader, RowDecoder, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
@@ -39,8 +40,6 @@ __all__ = ["RowReader"]
 
 logger = logging.getLogger("mixtera_hpc")
 
-DECODED_AT_ONCE = 64
-"""Raw samples that one call decodes. It holds the interpreter's lock, for about 0.1 ms."""
 MAPPED_FORMAT = "arrow"
 """The format whose readers return views of mapped files."""
 TEXTS_AT_ONCE = 32
@@ -87,49 +86,45 @@ class RowReader:
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
-    def read(self, documents: Documents, *, raw: bool) -> ReadRows:
-        """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them.
+    def texts(self, documents: Documents) -> ReadRows:
+        """Read rows that are sorted by block and row as texts, or as token ids if the format holds these."""
+        reads = list(self._read(documents, raw=False))
+        if len(reads) == 1:
+            return reads[0]
+        positions = np.concatenate([np.zeros(0, np.intp), *(read.positions for read in reads)])
+        return ReadRows([text for read in reads for text in read.rows], positions)
 
-        Raw samples stay bytes if all of them have the same `RowDecoder`.
+    def samples(self, documents: Documents) -> list[ReadRows]:
+        """Read raw samples that are sorted by block and row. Those that are decoded alike are read together."""
+        return list(self._read(documents, raw=True))
 
-        Args:
-            documents: the rows.
-            raw: True for raw samples, False for texts or token ids.
-        """
+    def _read(self, documents: Documents, *, raw: bool) -> Iterator[ReadRows]:
+        """Read rows of all kinds."""
         shards = self._source.blocks.shard[documents.block]
-        kinds = self._kinds.of(shards, partial(self._kind_of_opened, documents, shards))
-        # The other rows of a block are worth keeping, but not if it has only one.
-        is_block = kinds == BLOCKS
-        if is_block.any():
-            kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), ROWS, kinds)
+        kinds = self._kinds_of(documents.block)
         if len(kinds) and (kinds == kinds[0]).all():
-            return self._read_kind(int(kinds[0]), documents, shards, raw)
-        chosen = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds).tolist()]
-        reads = [self._read_kind(int(kinds[own[0]]), documents.select(own), shards[own], raw) for own in chosen]
-        return self._joined(reads, chosen, documents)
-
-    def _joined(self, reads: list[ReadRows], chosen: list[NDArray[np.intp]], documents: Documents) -> ReadRows:
-        """Join the reads of `chosen` documents. Decode their rows, unless all reads have the same decoder."""
-        positions = np.concatenate(
-            [np.zeros(0, np.intp), *(own[read.positions] for read, own in zip(reads, chosen, strict=True))]
-        )
-        rows: list[Any] = []
-        for read, own in zip(reads, chosen, strict=True):
-            rows += read.rows
-            if read.encoded is not None:
-                groups = row_groups(read.encoded, read.encoded.first.tolist(), read.encoded.stop.tolist())
-                rows += self.decode(read.encoded.decoder, groups, partial(documents.select, own[read.positions]))
-        return ReadRows(rows, positions)
+            yield from self._read_kind(int(kinds[0]), documents, shards, raw)
+            return
+        for kind in np.unique(kinds).tolist():
+            own = np.flatnonzero(kinds == kind)
+            for read in self._read_kind(kind, documents.select(own), shards[own], raw):
+                yield read._replace(positions=own[read.positions])
 
     def decode(
-        self, decoder: RowDecoder, groups: Iterable[list[Row]], documents_of: Callable[[], Documents]
+        self,
+        decode: DecodeRows,
+        groups: Iterable[list[Any]],
+        documents_of: Callable[[], Documents],
+        *,
+        raw: bool = True,
     ) -> list[Any]:
-        """Decode raw samples.
+        """Decode rows to samples, or to texts.
 
         Args:
-            decoder: that of `EncodedRows`.
-            groups: the bytes of some samples, in groups that are decoded together.
+            decode: that of `EncodedRows`.
+            groups: some rows, in groups that are decoded together.
             documents_of: returns their documents, in the same order.
+            raw: True for samples, False for texts.
 
         Raises:
             DataError: the shard of a row is damaged or has changed.
@@ -137,9 +132,9 @@ class RowReader:
         samples: list[Any] = []
         try:
             for rows in groups:
-                samples += decoder.payloads(rows)
+                samples += decode(rows)
             return samples
-        except ValueError as error:
+        except (ValueError, *JSON_ERRORS) as error:
             documents = documents_of()
             shards = self._source.blocks.shard[documents.block]
             self._log_another_read(shards, error)
@@ -147,7 +142,7 @@ class RowReader:
         self._guard.check()
         # The readers of the shards name the shard that is damaged, as for other rows.
         disk_order = np.lexsort((documents.row, documents.block))
-        samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=True)
+        samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=raw)
         self._guard.check()
         return [samples[i] for i in np.argsort(disk_order).tolist()]
 
@@ -170,19 +165,37 @@ class RowReader:
         limit = self._max_open_shards
         return MappedRows(self._source, self._files.read_bytes, window_share=self._window_share, max_open=limit)
 
-    def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool) -> ReadRows:
+    def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool) -> list[ReadRows]:
         """Read rows of shards of one kind."""
         if kind >= FIRST_DECODER:
             try:
-                return self._read_from_files(self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw)
+                return [self._read_from_files(self._kinds.decoders[kind - FIRST_DECODER], documents, shards, raw)]
             except (OSError, EOFError, ValueError) as error:
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
                 self._log_another_read(shards, error)
         if kind == BLOCKS:
-            rows = self._resident(raw).read(documents)
-        else:
-            rows = self._read_from_shards(documents, shards, raw=raw)
-        return ReadRows(rows, np.arange(len(rows)))
+            return list(self._read_resident(documents, raw))
+        rows = self._read_from_shards(documents, shards, raw=raw)
+        return [ReadRows(rows, np.arange(len(rows)))]
+
+    def _read_resident(self, documents: Documents, raw: bool) -> Iterator[ReadRows]:
+        """Read rows of blocks that are decoded as a whole. Raw samples stay packed, texts are decoded at once."""
+        rows, unpacks = self._resident(raw).read(documents)
+        distinct = dict.fromkeys(unpacks)
+        for unpack in distinct:
+            # Nearly always all shards have rows of the same kind.
+            own = rows
+            positions = np.arange(len(rows))
+            if len(distinct) > 1:
+                positions = np.flatnonzero([other is unpack for other in unpacks])
+                own = [rows[position] for position in positions.tolist()]
+            if unpack is None:
+                yield ReadRows(own, positions)
+            elif raw:
+                yield ReadRows([], positions, EncodedRows.of(unpack, own))
+            else:
+                groups = EncodedRows.of(unpack, own).groups()
+                yield ReadRows(self.decode(unpack, groups, partial(documents.select, positions), raw=False), positions)
 
     def _read_from_files(
         self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], raw: bool
@@ -196,7 +209,7 @@ class RowReader:
         texts: list[Any] = []
         if len(mapped.chosen) and not raw:
             self.compare_before_use(shards)
-            texts = _mapped_texts(decoder, mapped)
+            texts = mapped.texts(decoder, TEXTS_AT_ONCE)
         # Rows in mapped memory, then all others.
         rows: list[Any] = []
         positions = mapped.chosen
@@ -209,7 +222,7 @@ class RowReader:
         if not raw:
             return ReadRows(texts + rows, positions)
         encoded = EncodedRows(
-            decoder=decoder,
+            decode=decoder.payloads,
             memory=mapped.memory,
             own=rows,
             first=np.concatenate([mapped.first, np.arange(len(rows))]),
@@ -263,10 +276,22 @@ class RowReader:
         ends = [int(first_rows[documents.block[i]]) + int(documents.row[i]) for i in (first, last)]
         self.place.enter(READ, shard, *ends)
 
-    def _kind_of_opened(self, documents: Documents, shards: NDArray[np.int32], number: int) -> int:
+    def _kinds_of(self, blocks: NDArray[np.int32]) -> NDArray[np.int16]:
+        """Return how the rows of each block are read; shape (n,)."""
+        shards = self._source.blocks.shard[blocks]
+        kinds = self._kinds.of(shards, partial(self._kind_of_opened, blocks, shards))
+        # The other rows of a block are worth keeping, but not if it has only one.
+        is_block = kinds == BLOCKS
+        if is_block.any():
+            kinds = np.where(is_block & (self._source.blocks.rows[blocks] == 1), ROWS, kinds)
+        return kinds
+
+    def _kind_of_opened(self, blocks: NDArray[np.int32], shards: NDArray[np.int32], number: int) -> int:
         """Open a shard, and return its kind."""
-        of_shard = np.flatnonzero(shards == number)
-        self._enter_shard(documents, number, int(of_shard[0]), int(of_shard[-1]))
+        of_shard = blocks[shards == number]
+        first = self._source.blocks.first_row[of_shard]
+        last = first + self._source.blocks.rows[of_shard] - 1
+        self.place.enter(READ, number, int(first.min()), int(last.max()))
         shard = self._shard(number)
         is_decoded = shard.range_reader is None and shard.token_reader is None
         return BLOCKS if is_decoded else ROWS
@@ -277,9 +302,14 @@ class RowReader:
             pack_block = partial(self._pack_block, raw)
             ahead = rows_ahead(self._source, self._streams, pack_block)
             max_bytes = self._source.cache_bytes
-            self._resident_rows[raw] = ResidentRows(max_bytes, partial(self._decode_block, raw), pack_block, ahead)
+            decode_block = partial(self._decode_block, raw)
+            self._resident_rows[raw] = ResidentRows(max_bytes, decode_block, pack_block, self._are_resident, ahead)
         self._limit_blocks()
         return self._resident_rows[raw]
+
+    def _are_resident(self, blocks: NDArray[np.int32]) -> NDArray[np.bool_]:
+        are_resident: NDArray[np.bool_] = self._kinds_of(blocks) == BLOCKS
+        return are_resident
 
     def _limit_blocks(self) -> None:
         """Leave the memory that rows do not take to decoded blocks."""
@@ -358,26 +388,6 @@ class RowReader:
         return shard
 
 
-def row_groups(rows: EncodedRows, first: list[int], stop: list[int]) -> Iterator[list[Row]]:
-    """Yield the bytes of the rows with these places, in groups that are decoded together; see `EncodedRows`."""
-    memory = rows.memory
-    own = rows.own
-    for begin in range(0, len(first), DECODED_AT_ONCE):
-        group = slice(begin, begin + DECODED_AT_ONCE)
-        yield [memory[a:b] if b else own[a] for a, b in zip(first[group], stop[group], strict=True)]
-
-
 def distinct_shards(shards: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return each shard once, of shards in ascending order."""
     return shards[np.flatnonzero(np.diff(shards, prepend=-1))]
-
-
-def _mapped_texts(decoder: RowDecoder, rows: MappedPlaces) -> list[Any]:
-    """Decode rows in mapped memory to texts, some rows at a time."""
-    texts: list[Any] = []
-    first = rows.first.tolist()
-    stop = rows.stop.tolist()
-    for begin in range(0, len(first), TEXTS_AT_ONCE):
-        group = slice(begin, begin + TEXTS_AT_ONCE)
-        texts += decoder.documents([rows.memory[a:b] for a, b in zip(first[group], stop[group], strict=True)])
-    return texts

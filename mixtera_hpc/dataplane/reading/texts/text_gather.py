@@ -104,7 +104,7 @@ class TextGather:
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
-        read = self._rows.read(documents, raw=False)
+        read = self._rows.texts(documents)
         self._rows.place.enter(TOKENIZE)
         # The positions differ, so they are sorted without comparisons.
         document_at = np.full(int(position.max()) + 1, -1)
