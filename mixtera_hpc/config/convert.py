@@ -149,7 +149,8 @@ def _choice(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 def _list(item: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, list | tuple):
-        problems.append(f"{path} is {value!r}, expected a list. Write {path}=[{value}].")
+        entries = "" if value is None else value
+        problems.append(f"{path} is {value!r}, expected a list. Write {path}=[{entries}].")
         return None
     return [_value(item, part, f"{path}[{i}]", problems) for i, part in enumerate(value)]
 

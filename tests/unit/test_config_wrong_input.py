@@ -31,6 +31,11 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             r"^dataplane\.global_batch_size is 64, which 3 ranks cannot share evenly\. Use a multiple of 3\.$",
         ),
         ("dataplane.model_parallel_size=0", r"dataplane\.model_parallel_size is 0, expected at least 1"),
+        ("dataplane.batch_schedule=null", r"expected a list\. Write dataplane\.batch_schedule=\[\]\."),
+        (
+            "dataplane.batch_schedule={start: 5, size: 8}",
+            r"has keys and values, expected a list\.\n  Write dataplane\.batch_schedule=\[…\]",
+        ),
         ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
         ("mixture={kind: natural, capp: 1}", r"^mixture\.capp is not a known key\. Did you mean 'mixture\.cap'"),
         ("query.split=validation", r"^query\.split is not a known key\. Use --split of the verbs query and plan\.$"),

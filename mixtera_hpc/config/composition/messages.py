@@ -17,6 +17,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """Return the message for an error of Hydra's or OmegaConf's to which `overrides`, as typed, led."""
     text = str(error).strip()
     special = _wrong_option(text, overrides) or _wrong_file(error, text) or _unknown_inner_key(error, text)
+    special = special or _mapping_for_list(error)
     if special is not None:
         return special
     for pattern, message in _MESSAGES:
@@ -56,6 +57,15 @@ def _wrong_file(error: Exception, text: str) -> str | None:
             continue  # Another file than the one that failed: its error would be of this kind.
         if isinstance(content, list):
             return f"{path} holds a list.\n  Write `key: value` lines."
+    return None
+
+
+def _mapping_for_list(error: Exception) -> str | None:
+    """Return the message for keys and values in place of a list; None for other errors."""
+    texts = (str(error), str(error.__cause__))
+    for text in texts:
+        if "Cannot merge DictConfig with ListConfig" in text and (key := _full_key(text)) is not None:
+            return f"{key} has keys and values, expected a list.\n  Write {key}=[…], with brackets around its entries."
     return None
 
 
