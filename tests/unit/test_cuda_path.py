@@ -1,5 +1,6 @@
 """The code that runs only with a GPU, on a simulated one: nothing waits for the device, and nothing races with it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_parts_of_sequences_and_sums_are_compared_on_the_device(cuda: SimulatedC
     sums.add(cuda.tensor(torch.ones(B)), slice(None), None, cuda.tensor(counted + 1))
     with pytest.raises(ValueError, match="num_tokens of 8 sequences"):
         sums.total()
+
+
+def test_the_tokens_of_samples_are_counted_on_the_device(cuda: SimulatedCuda) -> None:  # noqa: F811
+    domain_ids = np.append(np.arange(B - 1) % K, -1)
+    samples = replace(batch_of(5), domain_ids=domain_ids, payloads=[{}] * B)
+    counts, losses = torch.arange(B) - 1, torch.arange(B) * 1.5
+    counts[0] = 0
+    recorded, on_host = StepLosses(samples, K), StepLosses(samples, K)
+    for rows in (slice(0, 5), slice(5, B)):
+        recorded.add(cuda.tensor(losses[rows]), rows, None, cuda.tensor(counts[rows]))
+        on_host.add(losses[rows], rows, None, counts[rows])
+    assert (recorded.total() == on_host.total()).all()
+    assert (recorded.means() == on_host.means())[2:-1].all()
+    assert recorded.sequence_sums()[1].tolist() == [0, *range(B - 2), 0]
+
+    wrong = StepLosses(samples, K)
+    wrong.add(cuda.tensor(losses), slice(None), None, cuda.tensor(counts - 2))
+    with pytest.raises(ValueError, match=r"num_tokens of 3 sequences .* or are below 0"):
+        wrong.total()
 
 
 def test_losses_of_several_streams_are_added_in_order(cuda: SimulatedCuda) -> None:  # noqa: F811

@@ -3,7 +3,7 @@
 Nothing waits for the device before the step is reduced, one step later: the sums of all micro-batches are added in the
 trainer's stream, and one copy to pinned memory follows the last one. Integers make the sums independent of the order
 in which the device adds. Price: 1 byte per token to the device (the loss mask), and to the host 32 bytes per domain of
-the batch and 16 bytes per sequence.
+the batch and 24 bytes per sequence.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -70,38 +70,48 @@ class DeviceSums:
         self._nats = torch.zeros(count, dtype=torch.float64, device=self._device)
         self._tokens = torch.zeros(count, dtype=torch.int64, device=self._device)
         self._num_wrong = torch.zeros(1, dtype=torch.int64, device=self._device)
-        """Sequences of which the trainer counted another number of tokens than the loss mask."""
+        """Sequences of which the trainer counted another number of tokens than the loss mask, or fewer than 0."""
         self._copy: HostCopy | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def add(self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints, claimed: Any = None) -> None:
+    def add(
+        self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints | None, claimed: Any = None
+    ) -> None:
         """Add losses in nats of some rows of the batch.
 
         Args:
             rows: the b rows.
             losses: on the device, or on another one, which costs a copy; shape (b, T), or (b, 1) for sums.
             mask: which of them count; shape of `losses`.
-            counted: tokens of every row that count; shape (b,).
-            claimed: the same as the trainer counted them on the device; they are compared there.
+            counted: tokens of every row that count; shape (b,). None if only the trainer knows them.
+            claimed: the same as the trainer counted them on a device; they are compared there.
         """
         losses = losses.to(self._device, non_blocking=self._is_cuda)
         claimed = None if claimed is None else claimed.to(self._device, non_blocking=self._is_cuda)
         with self._in_order(losses, claimed):
             self._add(rows, losses, mask, counted, claimed)
 
-    def _add(self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints, claimed: Tensor | None) -> None:
+    def _add(
+        self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints | None, claimed: Tensor | None
+    ) -> None:
         is_counted = self._to_device(mask)
+        if counted is None:
+            assert claimed is not None  # The caller gives one of them.
+            num_tokens = torch.where(is_counted[:, 0], claimed.long(), 0)
+            is_counted = (num_tokens > 0)[:, None]
+            self._num_wrong += (num_tokens < 0).sum()
+        else:
+            num_tokens = self._to_device(counted)
+            if claimed is not None:
+                self._num_wrong += (claimed != num_tokens).sum()
         nats = torch.where(is_counted, losses.double(), 0.0)
         quanta = torch.where(nats.abs() < WRAP_LIMIT, nats, 0.0).mul_(QUANTA_PER_NAT).round_().long()
-        num_tokens = self._to_device(counted)
         where = rows if isinstance(rows, slice) else self._to_device(rows)
         # Rows are distinct, so that no two terms meet.
         self._quanta[where] += quanta.sum(dim=1)
         self._nats[where] += nats.sum(dim=1)
         self._tokens[where] += num_tokens
-        if claimed is not None:
-            self._num_wrong += (claimed != num_tokens).sum()
         self._copy = None
 
     @torch.inference_mode(False)
@@ -119,7 +129,8 @@ class DeviceSums:
         rows = torch.stack([rounded * is_finite, self._tokens * is_finite, torch.ones_like(rounded), ~is_finite])
         by_domain = torch.zeros((NUM_BUFFER_ROWS, len(self._domains)), dtype=torch.int64, device=self._device)
         by_domain.index_add_(1, self._index, rows)
-        return torch.cat([self._num_wrong, by_domain.reshape(-1), self._quanta, self._nats.view(torch.int64)])
+        by_sequence = (self._quanta, self._nats.view(torch.int64), self._tokens)
+        return torch.cat([self._num_wrong, by_domain.reshape(-1), *by_sequence])
 
     @property
     def has_arrived(self) -> bool:
@@ -134,10 +145,10 @@ class DeviceSums:
         sums[:, self._domains[is_real]] = by_domain[:, is_real]
         return sums
 
-    def sequence_sums(self) -> SequenceSums:
-        """Return the sums of every sequence; shape (B,) each."""
-        _, by_sequence = self._on_host()
-        return SequenceSums(by_sequence[0], by_sequence[1].view(np.float64))
+    def sequence_sums(self) -> tuple[SequenceSums, Ints]:
+        """Return the sums of every sequence, and the number of its counted tokens; shape (B,) each."""
+        _, (quanta, nats, num_tokens) = self._on_host()
+        return SequenceSums(quanta, nats.view(np.float64)), num_tokens
 
     def _on_host(self) -> tuple[Ints, Ints]:
         """Return the sums by domain and by sequence; waits for the device.
@@ -150,10 +161,10 @@ class DeviceSums:
         if num_wrong:
             raise ValueError(
                 f"record() got num_tokens of {num_wrong} sequences of a step that differ from what their loss masks "
-                "count.\n  Sum the losses where batch.loss_mask is true."
+                "count, or are below 0.\n  Sum the losses where batch.loss_mask is true; of samples, count the tokens."
             )
         border = NUM_BUFFER_ROWS * len(self._domains)
-        return content[:border].reshape(NUM_BUFFER_ROWS, -1), content[border:].reshape(2, -1)
+        return content[:border].reshape(NUM_BUFFER_ROWS, -1), content[border:].reshape(3, -1)
 
     def _started_copy(self) -> HostCopy:
         if self._copy is None:

@@ -71,7 +71,7 @@ class StepLosses:
 
     @cached_property
     def _num_tokens(self) -> Ints:
-        """Counted tokens that were recorded of every sequence; shape (B,)."""
+        """Counted tokens of every sequence whose losses were recorded on the host; shape (B,)."""
         return _zeros((len(self._domain_ids),), np.int64)
 
     @cached_property
@@ -135,11 +135,12 @@ class StepLosses:
             )
         self._is_recorded[rows, columns] = True
         self.are_complete = self._is_enough_recorded()
-        self._num_tokens[rows] += recorded.counted
         # Only sums are kept: the losses of a step would be B x T numbers.
         if is_on_cuda(loss):
             self._add_on_device(rows, recorded)
         else:
+            assert recorded.counted is not None  # Only losses on a device leave it out.
+            self._num_tokens[rows] += recorded.counted
             self._on_host.append((rows, _host_sums(recorded)))
 
     def total(self) -> NDArray[np.int64]:
@@ -166,13 +167,16 @@ class StepLosses:
         """Return the loss of every sequence, and the number of its counted tokens."""
         # Parts of one sequence are added before its loss is rounded, as if it had been recorded at once.
         total = SequenceSums(np.zeros(len(self._domain_ids), np.int64), np.zeros(len(self._domain_ids)))
+        num_tokens = self._num_tokens.copy()
         recorded = list(self._on_host)
         if self._on_device is not None:
-            recorded.append((slice(None), self._on_device.sequence_sums()))
+            on_device, tokens_on_device = self._on_device.sequence_sums()
+            recorded.append((slice(None), on_device))
+            num_tokens += tokens_on_device
         for rows, sums in recorded:
             total.quanta[rows] += sums.quanta
             total.nats[rows] += sums.nats
-        return total, self._num_tokens.copy()
+        return total, num_tokens
 
     def rows_of(self, quanta: Ints, is_finite: NDArray[np.bool_], num_tokens: Ints) -> Ints:
         """Return the sums of the domains, given loss and counted tokens of every sequence."""
@@ -262,10 +266,10 @@ class _Recorded(NamedTuple):
     """In nats; array or tensor of shape (b, T), or (b, 1) for sums."""
     mask: NDArray[np.bool_]
     """Mask of the losses that count; shape of `losses`."""
-    counted: Ints
-    """Tokens of every row that count; shape (b,)."""
+    counted: Ints | None
+    """Tokens of every row that count; shape (b,). None if only `claimed` has them."""
     claimed: Any = None
-    """The same as the trainer counted them on a CUDA device; None if they were compared already."""
+    """The same as the trainer counted them on a CUDA device; None if they are on the host."""
 
 
 def _sample_losses(loss: Any, num_tokens: Any, is_real: NDArray[np.bool_], tokens: slice | None) -> _Recorded:
@@ -283,8 +287,9 @@ def _sample_losses(loss: Any, num_tokens: Any, is_real: NDArray[np.bool_], token
     if tokens is not None:
         raise ValueError("record() got tokens=, but with mixture.unit=samples the data plane knows no tokens.")
     expected = is_real.shape
+    is_deferred = is_on_cuda(num_tokens) and is_on_cuda(loss) and tuple(num_tokens.shape) == expected
     weights = np.ones(expected, np.int64)
-    if num_tokens is not None:
+    if num_tokens is not None and not is_deferred:
         weights = on_host(num_tokens).astype(np.int64)
     if tuple(loss.shape) != expected or weights.shape != expected or weights.min(initial=0) < 0:
         raise ValueError(
@@ -292,6 +297,9 @@ def _sample_losses(loss: Any, num_tokens: Any, is_real: NDArray[np.bool_], token
             f"{expected[0]} samples.\n"
             "  Give one loss per sample, or the sum over its tokens and num_tokens=, one number per sample, at least 0."
         )
+    if is_deferred:
+        # Read on the device: nothing waits for it here.
+        return _Recorded(losses=loss.reshape(-1, 1), mask=is_real[:, None], counted=None, claimed=num_tokens)
     counted = np.where(is_real, weights, 0)
     return _Recorded(losses=loss.reshape(-1, 1), mask=(counted > 0)[:, None], counted=counted)
 
