@@ -178,6 +178,29 @@ def test_a_batch_with_a_wrong_number_of_buffers_is_refused(count: int, tmp_path:
         arrow_sizes.batch_sizes(pa.memory_map(str(path)), None, pa.schema({"text": "str", "number": "i8"}))
 
 
+@pytest.mark.parametrize("wrong", [HUGE, (1 << 63) - 1, -1, -(1 << 63)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_buffers_at_wrong_positions_are_refused(stream: bool, wrong: int, tmp_path: Path) -> None:
+    """Of each buffer the position, the length, and the decoded length before its content."""
+    path = tmp_path / "shard.arrow"
+    data = write_arrow(path, stream=stream, compression="zstd")
+    view = memoryview(bytes(data))
+    start, body = next(
+        (s, b) for s, b in arrow_sizes._stream_positions(view, 0 if stream else 8) if arrow_sizes._kind(view, s) == 3
+    )
+    header = arrow_sizes._pointer(view, arrow_sizes._root(view, start), 2)
+    for position in arrow_sizes._vector(view, header, 2, 16):
+        offset, length = struct.unpack_from("<qq", view, position)
+        for place in (position, position + 8, body + offset):
+            damaged = bytearray(data)
+            struct.pack_into("<q", damaged, place, wrong)
+            path.write_bytes(damaged)
+            try:
+                assert num_rows(path, "arrow", SPECS["whole rows"]) == ROWS or not length
+            except DataError as error:
+                assert "shard.arrow" in str(error)
+
+
 def test_a_stream_that_was_cut_off_between_two_batches_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.arrow"
     data = write_arrow(path, stream=True)

@@ -50,7 +50,7 @@ def batch_sizes(source: Any, columns: Collection[int] | None, schema: Any) -> tu
                 batches.append(size)
             else:
                 dictionaries += size
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ValueError(f"its metadata is damaged: {error}") from None
     return dictionaries, batches
 
