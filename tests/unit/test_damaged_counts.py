@@ -24,7 +24,7 @@ from mixtera_hpc.formats.codecs.seek_points import find_points, write_points
 from mixtera_hpc.formats.codecs.xz_blocks import list_blocks
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.format_cases import scan_whole_shard
-from mixtera_hpc.testing.work_limit import limited_work
+from mixtera_hpc.testing.work_limit import limited_time, limited_work
 
 ROWS = 10
 HUGE = 1 << 60
@@ -348,6 +348,18 @@ def test_many_records_of_an_extended_header_take_time_in_proportion(tmp_path: Pa
     records = Counted(b"5 a=\n" * 2000 + b"10 path=b\n" + bytes(7) + b"10 path=c\n" + bytes(100))
     assert tar_headers._parse_pax(records, 0) == {"a": "", "path": "c"}
     assert Counted.copied < 10 * len(records)
+
+
+# JSON arrays.
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b"\\\\", b'\\"'])
+def test_an_array_that_ends_inside_a_text_with_quotes_is_refused_at_once(end: bytes, tmp_path: Path) -> None:
+    """A download that was cut off: each quote might begin a text that goes on to the end of the file."""
+    path = tmp_path / "shard.json"
+    path.write_bytes(b'[{"text": "a"}, {"text": "' + b'<a href=\\"x\\">' * 100_000 + end)
+    with limited_time(30), pytest.raises(DataError, match="row 1, which begins at byte 15, does not end"):
+        num_rows(path, "json", SPECS["documents"])
 
 
 # MDS.

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 __all__ = ["ArrayRows", "find_array_rows"]
 
-# Strings, so that brackets and commas in them do not count, and what separates values.
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+# Strings, so that brackets and commas in them do not count, and what separates values. A string that does not end goes
+# on to the end of the file. The quantifiers give nothing back: the time is linear, and no step is stored.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 _NOT_WHITESPACE = re.compile(rb"[^ \t\r\n]")
 
 
