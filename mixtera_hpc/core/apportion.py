@@ -30,12 +30,24 @@ result.
 """
 
 import heapq
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "earliest_due", "quantise_weights", "slots_until_exhausted"]
+from mixtera_hpc.errors import MixtureError
+
+__all__ = [
+    "BITS",
+    "MAX_SLOTS",
+    "UNIT",
+    "advance",
+    "earliest_due",
+    "quantise_requested",
+    "quantise_weights",
+    "slots_until_exhausted",
+]
 
 BITS = 40
 UNIT = 1 << BITS
@@ -77,6 +89,35 @@ def quantise_weights(weights: NDArray[np.float64]) -> Ints:
     # The largest weight absorbs the rounding error of the sum.
     units[units.argmax()] += UNIT - int(units.sum())
     return units
+
+
+def quantise_requested(weights: NDArray[np.float64]) -> Ints:
+    """Convert weights with `quantise_weights` after checking them; the result is read-only.
+
+    Raises:
+        MixtureError: a weight is negative or not finite, or all weights are zero.
+    """
+    # Most chunks have the weights of the chunk before.
+    return _quantised(np.asarray(weights, np.float64).tobytes())
+
+
+@lru_cache(maxsize=2)
+def _quantised(content: bytes) -> Ints:
+    """Check and convert the weights whose float64 bytes are `content`."""
+    weights = np.frombuffer(content, np.float64)
+    low = weights.min()
+    high = weights.max()
+    if low >= 0 and 0 < high < np.inf:
+        units = quantise_weights(weights)
+        units.setflags(write=False)
+        return units
+    if low == high == 0:
+        raise MixtureError(
+            "All weights of the mixture are 0, or belong to domains that were dropped.\n"
+            "  Give another domain a weight; in a run that has begun, with mixtera-hpc mixture set RUN FILE."
+        )
+    invalid = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
+    raise MixtureError(f"The weight of domain {invalid} is {weights[invalid]}; weights must be finite and at least 0.")
 
 
 def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[Ints, Ints]:

@@ -13,8 +13,8 @@ with fewer sequences.
 """
 
 import hashlib
+from collections import deque
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,13 +25,14 @@ from mixtera_hpc.core.apportion import (
     MAX_SLOTS,
     UNIT,
     advance,
+    quantise_requested,
     quantise_weights,
     slots_until_exhausted,
 )
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import SegmentOrder, Slots
-from mixtera_hpc.errors import CommError, MixtureError
+from mixtera_hpc.errors import CommError
 
 __all__ = ["ChunkPlan", "LastBatch", "OnExhausted", "Planner", "PlannerState"]
 
@@ -45,6 +46,8 @@ LastBatch = Literal["drop", "pad"]
 fewer sequences serves them.
 """
 Ints = NDArray[np.int64]
+PLANS_IN_MEMORY = 16
+"""Plans whose segments stay in memory: some plans are expanded before they arrive."""
 _DIGEST_PLACE = np.zeros(1, np.int64)
 """The last element of a plan's buffer, before the digest is known."""
 
@@ -88,11 +91,21 @@ class ChunkPlan:
 
     def to_array(self) -> Ints:
         """Return the plan as one int64 buffer of shape (array_size(K),); the last element is the digest."""
-        # Layout: chunk, first_step, num_steps, last, K cursors, K lags, K weights, digest.
-        head = [self.chunk, self.first_step, self.num_steps, int(self.last)]
-        buffer = np.concatenate([np.array(head, np.int64), self.cursors, self.lags, self.weights, _DIGEST_PLACE])
+        buffer = self._without_digest()
         buffer[-1] = _digest(buffer[:-1])
         return buffer
+
+    def is_equal(self, other: "ChunkPlan") -> bool:
+        """Return True if both plans have the same content."""
+        if self is other or self.chunk != other.chunk:
+            return self is other
+        return np.array_equal(self._without_digest(), other._without_digest())
+
+    def _without_digest(self) -> Ints:
+        """Return the buffer of `to_array` with 0 in place of the digest."""
+        # Layout: chunk, first_step, num_steps, last, K cursors, K lags, K weights, digest.
+        head = [self.chunk, self.first_step, self.num_steps, int(self.last)]
+        return np.concatenate([np.array(head, np.int64), self.cursors, self.lags, self.weights, _DIGEST_PLACE])
 
     @classmethod
     def from_array(cls, buffer: Ints) -> "ChunkPlan":
@@ -161,8 +174,10 @@ class Planner:
     """Steps in a chunk."""
     on_exhausted: OnExhausted
     last_batch: LastBatch = "drop"
-    _newest: list[tuple[ChunkPlan, list[_Segment]]] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The plan that was expanded last and its segments, if any: every rank needs them twice, in two threads."""
+    _newest: deque[tuple[ChunkPlan, list[_Segment]]] = field(
+        default_factory=lambda: deque(maxlen=PLANS_IN_MEMORY), init=False, repr=False, compare=False
+    )
+    """The plans that were expanded last and their segments: every rank needs them twice, in two threads."""
 
     # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
@@ -282,7 +297,7 @@ class Planner:
 
     def _first_segment_start(self, state: PlannerState, weights: NDArray[np.float64]) -> _SegmentStart:
         """Quantise the requested weights and leave out domains that are already exhausted."""
-        start = _SegmentStart(state.lags, _quantise_requested(weights))
+        start = _SegmentStart(state.lags, quantise_requested(weights))
         if self.on_exhausted == "redistribute":
             # A domain that was served ahead of its share (negative lag) keeps its weight until the share has caught up.
             exhausted = (state.cursors >= self.capacity) & (state.lags >= 0)
@@ -298,13 +313,14 @@ class Planner:
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
         """Return the segments of a plan, which are computed once for several calls in a row."""
-        for known, segments in self._newest:
-            if known is plan:
+        # A copy, because another thread may add a plan meanwhile.
+        for known, segments in self._newest.copy():
+            if known.is_equal(plan):
                 return segments
         start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
         segments = self._segments(start, remaining, self.num_slots(plan))
-        self._newest[:] = [(plan, segments)]
+        self._newest.appendleft((plan, segments))
         return segments
 
     def _segments(self, start: _SegmentStart, remaining: Ints, num_slots: int) -> list[_Segment]:
@@ -359,35 +375,6 @@ def _without_lags(lags: Ints, gone: NDArray[np.bool_], weights: Ints) -> Ints:
     extra_lag[np.argmax(weights)] += freed_lag - int(extra_lag.sum())
     moved: Ints = np.where(gone, 0, lags) + extra_lag
     return moved
-
-
-def _quantise_requested(weights: NDArray[np.float64]) -> Ints:
-    """Convert weights with `quantise_weights` after checking them; the result is read-only.
-
-    Raises:
-        MixtureError: a weight is negative or not finite, or all weights are zero.
-    """
-    # Most chunks have the weights of the chunk before.
-    return _quantised(np.asarray(weights, np.float64).tobytes())
-
-
-@lru_cache(maxsize=2)
-def _quantised(content: bytes) -> Ints:
-    """Check and convert the weights whose float64 bytes are `content`."""
-    weights = np.frombuffer(content, np.float64)
-    low = weights.min()
-    high = weights.max()
-    if low >= 0 and 0 < high < np.inf:
-        units = quantise_weights(weights)
-        units.setflags(write=False)
-        return units
-    if low == high == 0:
-        raise MixtureError(
-            "All weights of the mixture are 0, or belong to domains that were dropped.\n"
-            "  Give another domain a weight; in a run that has begun, with mixtera-hpc mixture set RUN FILE."
-        )
-    invalid = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
-    raise MixtureError(f"The weight of domain {invalid} is {weights[invalid]}; weights must be finite and at least 0.")
 
 
 def _digest(body: Ints) -> np.int64:

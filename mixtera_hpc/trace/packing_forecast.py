@@ -16,7 +16,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.step_sequences import planned_slots
+from mixtera_hpc.dataplane.reading.step_sequences import ChunkSteps, planned_slots
 
 __all__ = ["BalanceForecast", "PackingForecast", "forecast_balance", "forecast_packing"]
 
@@ -79,8 +79,8 @@ def forecast_balance(source: Source, num_ranks: int) -> BalanceForecast | None:
     last = plan.first_step + min(plan.num_steps, max(MAX_SEQUENCES // size, 1))
     # A batch ramp may change the size of later steps.
     data_steps = [step for step in range(plan.first_step, last) if schedule.size_at(step) == size]
-    order = source.planner.order(plan)
-    slots = planned_slots(source, order, plan.first_step, data_steps, [slice(0, size)] * len(data_steps))
+    chunk = ChunkSteps(source.planner.order(plan), plan.first_step, data_steps)
+    slots = planned_slots(source, [chunk], [slice(0, size)] * len(data_steps))
     steps = [of_step for of_step in slots.steps() if len(of_step.domain) == size]
     if not steps:
         return None

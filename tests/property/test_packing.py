@@ -28,7 +28,7 @@ from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sample_costs import SampleCosts
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.reading.step_sequences import planned_slots, slots_of_plan
+from mixtera_hpc.dataplane.reading.step_sequences import ChunkSteps, planned_slots, slots_of_plan
 from mixtera_hpc.dataplane.resume.cut_streams import cut_streams
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -273,7 +273,7 @@ def test_steps_that_do_not_follow_each_other_have_the_sequences_that_they_have_i
     assert len(steps) > 2
     whole = slice(0, source.batch_size_of(0))
     some, every = (
-        planned_slots(source, order, plan.first_step, chosen, [whole] * len(chosen)).steps()
+        planned_slots(source, [ChunkSteps(order, plan.first_step, chosen)], [whole] * len(chosen)).steps()
         for chosen in (steps[::2], steps)
     )
     for one, other in zip(some, every[::2], strict=True):

@@ -25,6 +25,15 @@ class StepSlots:
         """Join the sequences of some steps. The result has `Slots.sequence` only if all of them have it."""
         return cls(joined_slots(steps), list(accumulate((len(slots.domain) for slots in steps), initial=0)))
 
+    @classmethod
+    def joined(cls, parts: Sequence["StepSlots"]) -> "StepSlots":
+        """Join several results, of which the first may be the only one."""
+        if len(parts) == 1:
+            return parts[0]
+        together = joined_slots([part.together for part in parts])
+        sizes = (end - begin for part in parts for begin, end in pairwise(part.borders))
+        return cls(together, list(accumulate(sizes, initial=0)))
+
     def steps(self) -> list[Slots]:
         """Return the sequences of each step."""
         return [self.together.select(slice(begin, end)) for begin, end in pairwise(self.borders)]

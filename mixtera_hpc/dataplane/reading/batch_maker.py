@@ -6,23 +6,21 @@ read once. Their tokens are written to the batches of a few steps at a time, whe
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
-from mixtera_hpc.core.packing.micro_batches import cut_by_budget, fill_micro_batches
-from mixtera_hpc.core.packing.sequences_ahead import SequencesAhead
+from mixtera_hpc.core.packing.micro_batches import cut_by_budget
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.slots.chunk_order import ChunkOrder
-from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
-from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
+from mixtera_hpc.dataplane.reading.lookup.steps_ahead import FoundSteps, StepsAhead, documents_of_steps
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
+from mixtera_hpc.dataplane.reading.packing.step_contents import PlannedSteps, StepContents
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays, keep_freed_memory
 from mixtera_hpc.dataplane.reading.sample_transform import (
     CostedSample,
@@ -33,14 +31,14 @@ from mixtera_hpc.dataplane.reading.sample_transform import (
     transformed,
 )
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.step_sequences import StepContent, slots_of_steps
-from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput
+from mixtera_hpc.dataplane.reading.step_sequences import StepContent, is_last_chunk, training_steps_of
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
-__all__ = ["BatchMaker", "is_last_chunk", "items_per_read", "steps_per_read", "training_steps_of"]
+__all__ = ["BatchMaker", "items_per_read", "steps_per_read"]
 
 TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 22
@@ -81,22 +79,21 @@ class BatchMaker:
         keep_freed_memory()
         self._source = source
         self._slice = batch_slice
-        self._sequences = SequencesAhead(source.lanes)
         self._items_per_read = items_per_read(source)
         self._audit = audit
         self._compare_every_read = compare_every_read
         self._streams = source.streams()
         self._documents = SequenceDocuments(source, self._streams)
+        self._contents = StepContents(source, batch_slice, self._documents)
         # With more ranks than lanes, several ranks share the rows of a window.
         window_share = min(source.lanes.lanes / batch_slice.num_groups, 1.0)
         self._reader = DocumentReader(source, self._streams, window_share)
+        self._ahead = StepsAhead(source, self._contents, self._documents, self._reader)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""
         self.next_is_made = False
         """See `BatchSource`."""
-        self._order: tuple[ChunkPlan, ChunkOrder] | None = None
-        """The order of the plan that was used last."""
         self._plan_digest: tuple[ChunkPlan, int] | None = None
         """The digest of the plan that was used last."""
 
@@ -125,17 +122,20 @@ class BatchMaker:
             self._reader.check_unchanged()
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
-            together = self._contents_of(plan, steps[first : first + size])
-            groups = self._read_unchanged(plan, together)
+            planned = PlannedSteps(plan, steps[first : first + size])
+            found = self._ahead.take(planned, size)
+            contents = found.contents if found is not None else self._contents.of([planned])
+            groups = self._read_unchanged(plan, contents, found)
             try:
                 # All documents are read before the first batch.
                 batches = next(groups)
             except MixteraError:
+                self._ahead.forget()
                 # If a file has changed, this explains the error. After a change, its rows may be in memory.
                 self._reader.compare()
                 # Read step by step, so that the steps before the damaged one are served.
                 self._reader.pace.every_read = True
-                for content in together:
+                for content in contents:
                     yield from chain.from_iterable(self._read_unchanged(plan, [content]))
             else:
                 for group in chain([batches], groups):
@@ -156,88 +156,65 @@ class BatchMaker:
         """Close all files."""
         self._reader.close()
 
-    def _order_of(self, plan: ChunkPlan) -> ChunkOrder:
-        # Workers ask for several step ranges of one plan.
-        if self._order is None or self._order[0] is not plan:
-            self._order = plan, self._source.planner.order(plan)
-        return self._order[1]
-
     def _digest_of(self, plan: ChunkPlan) -> int:
         if self._plan_digest is None or self._plan_digest[0] is not plan:
             self._plan_digest = plan, plan.digest
         return self._plan_digest[1]
 
-    def _contents_of(self, plan: ChunkPlan, steps: range) -> list[StepContent]:
-        version = self._source.stream_version
-        data_steps = [version.data_step(step) for step in steps]
-        sizes = [self._source.planner.batch_schedule.size_at(data_step) for data_step in data_steps]
-        plane = self._source.config.dataplane
-        if plane.sample_budget is None or plane.sample_cost == COST_OF_TRANSFORM:
-            slots = self._slots_of(plan, data_steps, self._slice)
-            micro_batches: list[tuple[slice, ...]] = [()] * len(steps)
-            if plane.sample_budget is not None:
-                # Whole batches, until the function has given the costs.
-                micro_batches = [(slice(0, self._slice.size_of(size)),) for size in sizes]
-        else:
-            # The number of micro-batches is that of the rank that needs most.
-            whole = self._slots_of(plan, data_steps, BatchSlice())
-            costs = slot_costs(self._source, self._documents, whole.steps())
-            micro_batches = [
-                self._rows_of_micro_batches(of_step, size) for of_step, size in zip(costs, sizes, strict=True)
-            ]
-            own = [self._slice.positions(size) for size in sizes]
-            slots = StepSlots.of_steps([step.select(rows) for step, rows in zip(whole.steps(), own, strict=True)])
-        domain = slots.together.domain.astype(np.int64)
-        number = self._sequences.sequences(slots.together)
-        return [
-            _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
-            for step, size, (begin, end), rows in zip(steps, sizes, pairwise(slots.borders), micro_batches, strict=True)
-        ]
-
-    def _slots_of(self, plan: ChunkPlan, data_steps: Sequence[int], batch_slice: BatchSlice) -> StepSlots:
-        order = self._order_of(plan)
-        return slots_of_steps(self._source, order, plan.first_step, data_steps, batch_slice, self._documents)
-
-    def _rows_of_micro_batches(self, costs: NDArray[np.float64], batch_size: int) -> tuple[slice, ...]:
-        """Return the rows of the micro-batches of this rank, given the costs of all samples of a step."""
-        padded = np.zeros(batch_size)
-        padded[: len(costs)] = costs
-        own = self._slice.positions(batch_size)
-        budget = self._source.config.dataplane.sample_budget or 0.0
-        return fill_micro_batches(padded, self._slice.size_of(batch_size), own.start, budget)
-
-    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterator[Iterable[Batch]]:
+    def _read_unchanged(
+        self, plan: ChunkPlan, steps: list[StepContent], found: FoundSteps | None = None
+    ) -> Iterator[Iterable[Batch]]:
         """Yield the batches of consecutive steps in groups, unless a shard that was read has changed."""
-        for batches in self._read_steps(plan, steps):
+        for batches in self._read_steps(plan, steps, found):
             self._reader.check_unchanged()
             yield batches
 
-    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Iterable[Batch]]:
-        """Return groups of the batches of consecutive steps, whose documents are read together."""
+    def _read_steps(
+        self, plan: ChunkPlan, steps: list[StepContent], found: FoundSteps | None
+    ) -> Iterable[Iterable[Batch]]:
+        """Return groups of the batches of consecutive steps, whose documents are read together.
+
+        Args:
+            plan: the plan of the steps.
+            steps: the content of the steps.
+            found: what was looked up of them; None if nothing was.
+        """
         if not any(content.num_sequences for content in steps):
             return [[self._padding(plan, content) for content in steps]]
-        domain = np.concatenate([content.domain_ids[: content.num_sequences] for content in steps])
-        sequence = np.concatenate([content.sequence[: content.num_sequences] for content in steps])
-        documents = self._documents.documents(domain, sequence)
-        if self._source.layout.in_tokens:
-            return self._token_batches(plan, steps, documents)
-        return [self._sample_batches(plan, steps, documents, self._reader.samples(documents))]
+        documents = documents_of_steps(self._documents, steps) if found is None else found.documents
+        if not self._source.layout.in_tokens:
+            return [self._sample_batches(plan, steps, documents, self._reader.samples(documents))]
+        if found is not None and found.sequences is not None:
+            return self._token_batches(plan, steps, found.sequences, found.first)
+        return self._token_batches(plan, steps, self._reader.sequences(documents, steps), 0)
 
-    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], documents: Documents) -> Iterator[list[Batch]]:
-        """Write the tokens of the sequences of each step, which consist of `documents`, a few steps at a time."""
-        sequences = self._reader.sequences(documents, [self._output_of(content) for content in steps])
+    def _token_batches(
+        self, plan: ChunkPlan, steps: list[StepContent], sequences: StoredSequences, first_number: int
+    ) -> Iterator[list[Batch]]:
+        """Write the tokens of each step, a few steps at a time.
+
+        Args:
+            plan: the plan of the steps.
+            steps: the content of the steps.
+            sequences: the sequences of these steps, and maybe others.
+            first_number: number of the first step among the batches of `sequences`.
+        """
+        shards = None
         size = max(1, TOKENS_PER_WRITE // (len(steps[0].domain_ids) * self._source.grid.stride))
         for first in range(0, len(steps), size):
             group = steps[first : first + size]
-            if first:
-                self._reader.place.begin(group[0].step)
-            written = zip(group, self._reader.write(sequences, range(first, first + len(group))), strict=True)
-            yield [self._batch(plan, content, None, **arrays._asdict()) for content, arrays in written]
-
-    def _output_of(self, content: StepContent) -> SequenceOutput:
-        """Return where the sequences of a step are written."""
-        memory = self.shared_arrays.get(content.step)
-        return SequenceOutput(content.num_sequences, len(content.domain_ids), memory)
+            number = first_number + first
+            if number:
+                # Time may have passed since the documents were found, or the batches before were written.
+                if shards is None:
+                    shards = sequences.shards_of(range(first_number, first_number + len(steps)))
+                self._reader.use_again(shards, group[0].step)
+            batches = []
+            for content in group:
+                arrays = sequences.write(number, self.shared_arrays.get(content.step))
+                batches.append(self._batch(plan, content, None, **arrays._asdict()))
+                number += 1
+            yield batches
 
     def _sample_batches(
         self, plan: ChunkPlan, steps: list[StepContent], documents: Documents, samples: RawSamples
@@ -320,29 +297,6 @@ class BatchMaker:
             micro_batches=content.micro_batches,
             **fields,
         )
-
-
-def _content_of(step: int, size: int, domain: Ints, number: Ints, micro_batches: tuple[slice, ...]) -> StepContent:
-    """Return the content of a step; the last step of the data may have fewer sequences than `size`."""
-    if len(domain) == size:
-        return StepContent(step, size, domain, number, micro_batches)
-    domain_ids = np.full(size, -1, np.int64)
-    sequence = np.full(size, -1, np.int64)
-    domain_ids[: len(domain)] = domain
-    sequence[: len(domain)] = number
-    return StepContent(step, len(domain), domain_ids, sequence, micro_batches)
-
-
-def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
-    """Return the training steps that `plan` serves, without those before `first_step`."""
-    version = source.stream_version
-    first_of_plan = version.step_at(plan.first_step)
-    return range(max(first_step, first_of_plan), version.step_at(plan.first_step + plan.num_steps))
-
-
-def is_last_chunk(source: Source, plan: ChunkPlan) -> bool:
-    """Return True if nothing is read, nor compared, after a plan."""
-    return plan.last or source.config.training.num_steps - 1 in training_steps_of(source, plan, 0)
 
 
 def _no_tokens(count: int) -> dict[str, NDArray[Any]]:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
-from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.rows.read_rows import EncodedRows, ReadRows
 from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.stored_sequences import SequenceOutput, StoredSequences
+from mixtera_hpc.dataplane.reading.step_sequences import StepContent
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import ReadTokens, TokenGather, TokenWriter, empty_tokens
 from mixtera_hpc.dataplane.reading.texts.text_gather import TextGather, row_keys
 from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import ComparisonPace
@@ -173,7 +173,7 @@ class DocumentReader:
         """True if every document is stored as token ids."""
         return self._gather.holds_all
 
-    def sequences(self, documents: Documents, outputs: Sequence[SequenceOutput]) -> StoredSequences:
+    def sequences(self, documents: Documents, batches: Sequence[StepContent]) -> StoredSequences:
         """Read whole sequences, ready to be written to batches before the next read; see `StoredSequences`.
 
         Raises:
@@ -181,20 +181,29 @@ class DocumentReader:
         """
         self.place.enter(READ)
         length = self._source.grid.length
-        writer = self.prepare(documents, [output.num_sequences * length for output in outputs])
-        return StoredSequences(self._source, writer, documents, outputs)
+        writer = self.prepare(documents, [batch.num_sequences * length for batch in batches])
+        return StoredSequences(self._source, writer, documents, batches)
 
-    def write(self, sequences: StoredSequences, numbers: range) -> list[TokenArrays]:
-        """Return the arrays of some of the batches of the last read. Compare the files again that they are read from.
+    def sequences_ahead(self, documents: Documents, batches: Sequence[StepContent], num_due: int) -> StoredSequences:
+        """Do as `sequences` for stored tokens, of which only the first `num_due` batches are surely written.
+
+        The shards of the others do not count as read before `use_again`.
+        """
+        with self._guard.without_record():
+            sequences = self.sequences(documents, batches)
+        self._guard.use(sequences.shards_of(range(num_due)))
+        return sequences
+
+    def use_again(self, shards: NDArray[np.integer[Any]], step: int) -> None:
+        """Record that batches from `step` on are written from mapped shards, and compare these again if that is due.
 
         Raises:
-            DataError: a shard that is read has changed.
+            DataError: one of the shards has changed.
         """
+        self.place.begin(step)
         self.place.enter(READ)
-        # Time may have passed since the batches before were written.
-        if numbers.start and len(sequences.shards):
-            self._compare_before_use(sequences.shards)
-        return [sequences.write(number) for number in numbers]
+        if len(shards):
+            self._compare_before_use(shards)
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, ready to be copied; see `TokenGather.prepare`."""

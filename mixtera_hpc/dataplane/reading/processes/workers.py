@@ -21,19 +21,14 @@ from typing import Any, NamedTuple
 
 from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batch_maker import (
-    BatchMaker,
-    is_last_chunk,
-    items_per_read,
-    steps_per_read,
-    training_steps_of,
-)
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, PickledSamples
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.worker_program import IGNORED_SIGNALS, RangeAnswer, RangeRequest
 from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import is_last_chunk, training_steps_of
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError, DataError
 

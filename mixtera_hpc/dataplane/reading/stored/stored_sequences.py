@@ -5,7 +5,6 @@ where the trainer gets them. Price: beside the copy about 10 bytes written per t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,30 +14,20 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import StepContent
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
 from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 
-__all__ = ["SequenceOutput", "StoredSequences"]
+__all__ = ["StoredSequences"]
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
-    """The sequences of a batch, and where they are written."""
-
-    num_sequences: int
-    size: int
-    """Rows of the batch; those behind the sequences are padding."""
-    arrays: TokenArrays | None
-    """Memory for at least `size` rows; None to make new arrays."""
 
 
 class StoredSequences:
     """The sequences of several batches, ready to be copied to one batch after the other."""
 
     def __init__(
-        self, source: Source, writer: TokenWriter, documents: Documents, outputs: Sequence[SequenceOutput]
+        self, source: Source, writer: TokenWriter, documents: Documents, batches: Sequence[StepContent]
     ) -> None:
         """Compute what is copied.
 
@@ -46,16 +35,16 @@ class StoredSequences:
             source: says which tokens count.
             writer: copies the tokens of each batch.
             documents: the parts of documents that each sequence consists of, row by row of the batches.
-            outputs: the batches.
+            batches: the sequences of each batch.
         """
         length = source.grid.length
         self._source = source
-        self._outputs = outputs
+        self._batches = batches
         self._writer = writer
 
         self._lengths = documents.wanted
         stops = documents.wanted_stops
-        first_rows = np.cumsum([0, *(output.num_sequences for output in outputs)])
+        first_rows = np.cumsum([0, *(batch.num_sequences for batch in batches)])
         rows = np.arange(first_rows[-1])
         # Every sequence has `length` tokens, so the place where a part ends tells its sequence.
         parts_stop = np.searchsorted(stops, (rows + 1) * length) + 1
@@ -77,23 +66,28 @@ class StoredSequences:
             for (begin, end), first_row in zip(pairwise(borders), first_rows.tolist(), strict=False)
         ]
 
-    @property
-    def shards(self) -> NDArray[np.integer[Any]]:
-        """Different mapped shards that `write` reads."""
-        return self._writer.shards
+    def shards_of(self, numbers: range) -> NDArray[np.integer[Any]]:
+        """Return the different mapped shards that `write` reads for some batches."""
+        return self._writer.shards_of(numbers)
 
-    def write(self, number: int) -> TokenArrays:
-        """Return the arrays of a batch: its sequences, special tokens included, and zeros in rows of padding."""
-        output = self._outputs[number]
-        count = output.num_sequences
+    def write(self, number: int, memory: TokenArrays | None = None) -> TokenArrays:
+        """Return the arrays of a batch: its sequences, special tokens included, and zeros in rows of padding.
+
+        Args:
+            number: of the batch.
+            memory: where to write them, at least as many rows as the batch has; None for new arrays.
+        """
+        batch = self._batches[number]
+        count = batch.num_sequences
+        size = len(batch.domain_ids)
         length = self._source.grid.length
         own = slice(*self._first_parts[number : number + 2])
         document_ids = np.repeat(self._number[own], self._lengths[own]).reshape(count, length)
-        if output.arrays is None and count == output.size:
+        if memory is None and count == size:
             tokens = np.empty((count, length), np.int64)
             arrays = served = TokenArrays(tokens, document_ids, np.empty((count, length - 1), np.bool_))
         else:
-            arrays = TokenArrays.new(output.size, length) if output.arrays is None else output.arrays.rows(output.size)
+            arrays = TokenArrays.new(size, length) if memory is None else memory.rows(size)
             served = arrays.rows(count)
             served.document_ids[...] = document_ids
             for array in arrays:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["TokenCopies"]
+__all__ = ["NO_SHARD", "TokenCopies"]
 
 TOKENS_PER_COPY = 1 << 16
 """Tokens that are copied in one call: large enough to hide its cost, and small enough for the processor's cache."""
@@ -27,6 +27,8 @@ TOKENS_PER_COPY = 1 << 16
 MAX_VIEW_BYTES = 1 << 62
 """Largest array that numpy can address. A view of all rows of memory has the bytes of memory times those of a row."""
 
+NO_SHARD = -1
+"""Stands for a document that is not in a shard."""
 UNWANTED = -1
 """Stands for an item that is in memory."""
 _NONE_ADDED = AddedTokens()
@@ -107,8 +109,9 @@ class TokenCopies:
                 if all documents are in memory as a whole.
         """
         self._memory = memory
-        self.shards: NDArray[np.integer[Any]] = np.zeros(0, np.int64)
-        """Different mapped shards that `write` reads, if they are to be compared with the index."""
+        self.shards: NDArray[np.integer[Any]] | None = None
+        """The mapped shard of each document, or `NO_SHARD`, if they are to be compared with the index."""
+        self._documents = documents
         self._borders = np.cumsum([0, *sizes])
         self._added: list[tuple[Ints, list[int], int]] = []
         if missing is None:
@@ -132,6 +135,15 @@ class TokenCopies:
         if segments.before is not None and segments.after is not None:
             self._gaps = segments.before.tolist(), segments.after.tolist()
         self._zeros = [bytes(n * memory.itemsize) for n in range(max(len(added.before), len(added.after)) + 1)]
+
+    def shards_of(self, numbers: range) -> NDArray[np.integer[Any]]:
+        """Return the different shards, among `shards`, that `write` reads for some outputs, which follow each other."""
+        if self.shards is None:
+            return np.zeros(0, np.int64)
+        borders = self._borders[[numbers.start, numbers.stop]]
+        begin, end = self._documents.wanted_stops.searchsorted(borders, "right").tolist()
+        # Without a sort: there may be thousands of documents of few shards.
+        return np.flatnonzero(np.bincount(self.shards[begin:end] - NO_SHARD)[1:])
 
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output, and write the special tokens that begin and end documents."""

@@ -17,7 +17,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.block_loads import BlockLoads
 from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces, Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
-from mixtera_hpc.dataplane.reading.stored.token_copy import TokenCopies
+from mixtera_hpc.dataplane.reading.stored.token_copy import NO_SHARD, TokenCopies
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -28,14 +28,14 @@ __all__ = ["ReadTokens", "TokenGather", "TokenWriter", "blocks_with_tokens", "em
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.integer[Any]]
+_NO_SHARDS = np.zeros(0, np.int64)
 
 
 class TokenWriter(Protocol):
     """The tokens of several outputs, which are copied one after the other."""
 
-    @property
-    def shards(self) -> NDArray[np.integer[Any]]:
-        """Different mapped shards that `write` reads; empty if the tokens are in other memory."""
+    def shards_of(self, numbers: range) -> NDArray[np.integer[Any]]:
+        """Return the different mapped shards that `write` reads for some outputs, which follow each other."""
 
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output, given its number, to a flat array."""
@@ -95,9 +95,9 @@ class TokenGather:
             if (types == types[0]).all():
                 self._loads.load(documents, places)
                 copies = self._copies(documents, places, sizes, int(types[0]))
-                copies.shards = shards
+                copies.shards = np.where(places.file < self._num_shards, places.file, NO_SHARD)
                 return copies
-        return ReadTokens(self._read_by_type(documents, places), sizes)
+        return ReadTokens(self._read_by_type(documents, places), sizes, shards)
 
     def close(self) -> None:
         """Unmap all shards."""
@@ -161,10 +161,20 @@ def blocks_with_tokens(source: Source) -> NDArray[np.bool_]:
 class ReadTokens:
     """Tokens that were read to an array of their own; a `TokenWriter`."""
 
-    def __init__(self, tokens: Tokens, sizes: Sequence[int]) -> None:
-        """Take the tokens of all outputs, one output after the other, and the tokens of each."""
+    def __init__(self, tokens: Tokens, sizes: Sequence[int], shards: NDArray[np.integer[Any]] = _NO_SHARDS) -> None:
+        """Take the tokens of all outputs, one output after the other, and the number of tokens of each.
+
+        Args:
+            tokens: of all outputs.
+            sizes: tokens of each.
+            shards: mapped shards that the tokens were read from, if these are to be compared with the index again.
+        """
         self._parts = np.split(tokens, np.cumsum(sizes)[:-1])
-        self.shards: NDArray[np.integer[Any]] = np.zeros(0, np.int64)
+        self._shards = shards
+
+    def shards_of(self, numbers: range) -> NDArray[np.integer[Any]]:
+        """Return all shards that the tokens were read from."""
+        return self._shards
 
     def write(self, number: int, output: Tokens) -> None:
         """Copy the tokens of an output."""

@@ -13,9 +13,10 @@ What this cannot see: a change in the middle of a file above 2 MiB whose size an
 whose size, first and last MiB are; and writes through a memory mapping, until the kernel updates the file's times.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,15 @@ class ShardGuard:
         self._is_used[shards] = True
         if self._num_new and not self.has_read_new:
             self.has_read_new = bool(self._is_new[shards].any())
+
+    @contextlib.contextmanager
+    def without_record(self) -> Iterator[None]:
+        """Forget at the end which shards were read inside, and which change was found: they may not be needed."""
+        before = self._is_used.copy(), self.has_read_new, self._problem
+        try:
+            yield
+        finally:
+            self._is_used, self.has_read_new, self._problem = before
 
     def check(self) -> None:
         """Compare the shards that were read since they were compared last.
