@@ -46,7 +46,7 @@ def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -
 def order_slots(lag: np.ndarray, weight: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the domain of every slot if domain k gets `counts[k]` of the slots; shape (counts.sum(),)."""
     segment = SegmentOrder(lag, weight, counts)
-    return segment.slots([(0, segment.num_slots)], np.zeros_like(counts)).domain
+    return segment.slots([(0, int(counts.sum()))], np.zeros_like(counts)).domain
 
 
 def endless(weight: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ SPARE_CANDIDATES = 8
 """Sequences that are considered besides those with the earliest deadlines, because some of these do not fit."""
 NOT_OPEN = 1 << 62
 """Sort key of domains without an open sequence."""
+_EVERY = slice(None)
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -76,56 +77,75 @@ class _OpenSequences(NamedTuple):
 
 
 class ServedCounts:
-    """The counts of one segment: consecutive slots with constant weights."""
+    """The counts of segments with the same weights: consecutive slots each, in which the weights are constant."""
 
     def __init__(self, lag: Ints, weight: Ints, counts: Ints) -> None:
         """Compute nothing yet.
 
         Args:
-            lag: of each domain at the first slot, in `UNIT`. Shape (K,), as the following.
-            weight: in `UNIT`.
-            counts: sequences of each domain in the segment.
+            lag: of each domain at the first slot of each segment, in `UNIT`; shape (S, K).
+            weight: in `UNIT`; shape (K,).
+            counts: sequences of each domain in each segment; shape (S, K).
         """
         self.lag = lag
         self.weight = weight
         self.rate: Ints = np.maximum(weight, 1)
         """The weight, at least 1: a domain of weight 0 may still have a sequence due because of its lag."""
         self.counts = counts
-        self.num_slots = int(counts.sum())
+        self.num_slots: Ints = counts.sum(axis=1)
+        """Slots of each segment; shape (S,)."""
         self._negative_rate = -self.rate
         # Domains are part of the sort keys: numpy vectorises plain sorts, but not those of positions.
-        self._domain_bits = len(lag).bit_length()
-        self._domains = np.arange(len(lag))
+        self._domain_bits = len(weight).bit_length()
+        self._domains = np.arange(len(weight))
 
-    def before(self, slots: Ints) -> Ints:
-        """Return how many sequences of each domain are served before each of `slots`; shape (len(slots), K)."""
+    def before(self, slots: Ints, segment: Ints | None = None) -> Ints:
+        """Return how many sequences of each domain are served before some slots; shape (len(slots), K).
+
+        Args:
+            slots: counted from the first one of their segments.
+            segment: number of the segment of each slot; None if there is one segment.
+        """
         if not slots.any():
-            return np.zeros((len(slots), len(self.lag)), np.int64)
+            return np.zeros((len(slots), len(self.weight)), np.int64)
+        chosen = _EVERY if segment is None else segment
+        lag = self.lag[chosen]
+        limit = self.counts[chosen]
         remainder = self.rate * slots[:, None]
-        remainder += self.lag
+        remainder += lag
         due = remainder >> BITS
         np.maximum(due, 0, out=due)
-        np.minimum(due, self.counts, out=due)
+        np.minimum(due, limit, out=due)
         remainder -= due << BITS
-        sequences = self._open_sequences(slots, due, remainder)
+        is_closed = remainder <= 0
+        is_closed |= due >= limit
+        ends = self.num_slots[chosen, None]
+        sequences = self._open_sequences(slots, due, remainder, is_closed, ends)
         counts: Ints = due + self._chosen(sequences)
         if sequences.num_choices.min() < 0:
             # After a change of weights more can be due than there were slots. Only due sequences were served then.
             for row in np.flatnonzero(sequences.num_choices < 0).tolist():
-                counts[row] = earliest_due(self.lag, self.rate, self.counts, int(slots[row]))
+                own = 0 if segment is None else int(segment[row])
+                counts[row] = earliest_due(self.lag[own], self.rate, self.counts[own], int(slots[row]))
         return counts
 
-    def _open_sequences(self, slots: Ints, due: Ints, remainder: Ints) -> _OpenSequences:
-        """Sort the open sequences before each slot, given the due ones and what is outstanding after them."""
+    def _open_sequences(self, slots: Ints, due: Ints, remainder: Ints, is_closed: Mask, ends: Ints) -> _OpenSequences:
+        """Sort the open sequences before each slot.
+
+        Args:
+            slots: shape (n,).
+            due: see `_OpenSequences`; shape (n, K), as the following.
+            remainder: see `_OpenSequences`.
+            is_closed: see `_OpenSequences`.
+            ends: slots of the segment of each slot; shape (n, 1) or (1, 1).
+        """
         bits = self._domain_bits
         slot = slots[:, None]
-        is_closed = remainder <= 0
-        is_closed |= due >= self.counts
 
         # a // -b is -a / b rounded down.
         deadline = (UNIT - remainder) // self._negative_rate
         np.subtract(slot, deadline, out=deadline)
-        np.minimum(deadline, self.num_slots, out=deadline)
+        np.minimum(deadline, ends, out=deadline)
         np.putmask(deadline, is_closed, NOT_OPEN >> bits)
         deadline <<= bits
         deadline += self._domains
@@ -284,6 +304,6 @@ class ServedCounts:
         cell = np.arange(len(num_late)).repeat(num_late)
         # The latest sequence of each domain has number 1.
         number = np.arange(1, len(cell) + 1) - (num_late.cumsum() - num_late).take(cell)
-        row, domain = np.divmod(cell, len(self.lag))
+        row, domain = np.divmod(cell, len(self.weight))
         age: Ints = -((number * UNIT + sequences.remainder.ravel().take(cell)) // self._negative_rate.take(domain))
         return row, age

@@ -7,7 +7,7 @@ any number of ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.packing.check_packing import balance_group
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
-from mixtera_hpc.core.slots.chunk_order import ChunkOrder
+from mixtera_hpc.core.slots.chunk_order import ChunkOrder, counts_of_chunks, slots_of_chunks
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
@@ -55,24 +55,20 @@ def planned_slots(source: Source, chunks: Sequence[ChunkSteps], positions: Seque
         chunks: the steps, of one chunk or of chunks that follow each other.
         positions: of each batch; both ends are given.
     """
+    schedule = source.planner.batch_schedule
+    orders = [chunk.order for chunk in chunks]
+    begins, borders = zip(*(_slot_borders(schedule, chunk) for chunk in chunks), strict=True)
     if source.lanes.lanes == 1:
         # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
-        parts = []
-        num_before = 0
-        for chunk in chunks:
-            begins, _ = _slot_borders(source.planner.batch_schedule, chunk)
-            own = positions[num_before : num_before + len(begins)]
-            num_before += len(begins)
-            ranges = [(begin + part.start, begin + part.stop) for begin, part in zip(begins, own, strict=True)]
-            parts.append(chunk.order.slots(ranges))
-        return StepSlots.joined(parts)
-    first = []
-    stop = []
-    for chunk in chunks:
-        begins, borders = _slot_borders(source.planner.batch_schedule, chunk)
-        counts = chunk.order.cursors + chunk.order.counts_before(np.array(borders, np.int64))
-        first.append(counts[: len(begins)])
-        stop.append(counts[-len(begins) :])
+        rest = iter(positions)
+        ranges = [
+            [(begin + own.start, begin + own.stop) for begin, own in zip(chunk, islice(rest, len(chunk)), strict=True)]
+            for chunk in begins
+        ]
+        return slots_of_chunks(orders, ranges)
+    counts = counts_of_chunks(orders, [np.array(of_chunk, np.int64) for of_chunk in borders])
+    first = [own[: len(chunk)] for own, chunk in zip(counts, begins, strict=True)]
+    stop = [own[len(own) - len(chunk) :] for own, chunk in zip(counts, begins, strict=True)]
     return source.lanes.positions(np.concatenate(first), np.concatenate(stop), positions)
 
 
