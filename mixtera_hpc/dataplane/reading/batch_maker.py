@@ -20,7 +20,7 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSam
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.lookup.steps_ahead import FoundSteps, StepsAhead, documents_of_steps
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
-from mixtera_hpc.dataplane.reading.packing.step_contents import PlannedSteps, StepContents
+from mixtera_hpc.dataplane.reading.packing.sequences_of_steps import PlannedSteps, SequencesOfSteps
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays, keep_freed_memory
 from mixtera_hpc.dataplane.reading.sample_transform import (
     CostedSample,
@@ -84,7 +84,7 @@ class BatchMaker:
         self._compare_every_read = compare_every_read
         self._streams = source.streams()
         self._documents = SequenceDocuments(source, self._streams)
-        self._contents = StepContents(source, batch_slice, self._documents)
+        self._contents = SequencesOfSteps(source, batch_slice, self._documents)
         # With more ranks than lanes, several ranks share the rows of a window.
         window_share = min(source.lanes.lanes / batch_slice.num_groups, 1.0)
         self._reader = DocumentReader(source, self._streams, window_share)

@@ -73,12 +73,13 @@ class MegatronFormat:
 
     def map_tokens(self, path: Path, first_rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
         """Map the `.bin` file; see `TokenFormat`. Reads of the `.idx` file only where the blocks begin."""
-        dtype, starts = read_document_starts(path, first_rows)
-        moved = np.flatnonzero(starts != offsets)
-        if len(moved):
-            raise shard_changed_error(path, None, f"document {int(first_rows[moved[0]])} lies elsewhere")
+        # First, so that a missing shard is named.
         descriptor = open_shard(path)
         try:
+            dtype, starts = read_document_starts(path, first_rows)
+            moved = np.flatnonzero(starts != offsets)
+            if len(moved):
+                raise shard_changed_error(path, None, f"document {int(first_rows[moved[0]])} lies elsewhere")
             data = map_descriptor(descriptor)
             if len(data):
                 read_single_pages(data.ctypes.data, len(data))

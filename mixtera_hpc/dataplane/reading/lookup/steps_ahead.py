@@ -18,11 +18,10 @@ from mixtera_hpc.core.planner import ChunkPlan, Planner
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
-from mixtera_hpc.dataplane.reading.packing.step_contents import PlannedSteps, StepContents
+from mixtera_hpc.dataplane.reading.packing.sequences_of_steps import PlannedSteps, SequencesOfSteps
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, is_last_chunk, training_steps_of
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
-from mixtera_hpc.errors import MixteraError
 
 __all__ = ["FoundSteps", "StepsAhead", "documents_of_steps"]
 
@@ -47,7 +46,7 @@ class StepsAhead:
     """The steps of the next chunks. Not thread-safe."""
 
     def __init__(
-        self, source: Source, contents: StepContents, documents: SequenceDocuments, reader: DocumentReader
+        self, source: Source, contents: SequencesOfSteps, documents: SequenceDocuments, reader: DocumentReader
     ) -> None:
         """Look nothing up yet; the arguments are those of the same reading thread."""
         self._source = source
@@ -88,8 +87,8 @@ class StepsAhead:
             return None
         try:
             self._look_up(self._expected(planned, num_chunks))
-        except MixteraError:
-            # It is raised again when its own chunk is looked up.
+        except Exception:
+            # Of any kind: it is raised again when its own chunk is looked up.
             self.forget()
             return None
         return self._found.popleft()

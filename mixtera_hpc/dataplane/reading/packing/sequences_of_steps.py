@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDoc
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import ChunkSteps, StepContent, slots_of_steps
 
-__all__ = ["PlannedSteps", "StepContents"]
+__all__ = ["PlannedSteps", "SequencesOfSteps"]
 
 Ints = NDArray[np.int64]
 
@@ -31,7 +31,7 @@ class PlannedSteps(NamedTuple):
     steps: range
 
 
-class StepContents:
+class SequencesOfSteps:
     """Computes the content of steps. Not thread-safe: one per reading thread."""
 
     def __init__(self, source: Source, batch_slice: BatchSlice, documents: SequenceDocuments) -> None:
