@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.chunk_order import counts_of_chunks, slots_of_chunks
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
@@ -96,19 +97,19 @@ def served(
     """Return the content of all batches, and how many chunks were looked up before their plans arrived."""
     contents = []
     num_ahead = 0
-    steps_ahead.MAX_CHUNKS = max_chunks
-    with closing(BatchMaker(source, batch_slice, audit=True)) as maker:
+    with at_most(max_chunks), closing(BatchMaker(source, batch_slice, audit=True)) as maker:
         for plan in plans_of(source, weights):
             num_ahead += len(maker._ahead._found) > 0
             contents += [content(batch) for batch in maker.batches(plan, first_step)]
     return contents, num_ahead
 
 
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    before = steps_ahead.MAX_CHUNKS
-    yield
-    steps_ahead.MAX_CHUNKS = before
+@contextmanager
+def at_most(max_chunks: int) -> Iterator[None]:
+    """Look up at most so many chunks together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps_ahead, "MAX_CHUNKS", max_chunks)
+        yield
 
 
 PLANES = st.fixed_dictionaries(
@@ -211,11 +212,11 @@ def test_no_more_is_looked_up_than_one_read_may_hold(plain: dict[str, Any], monk
 
 
 def test_nothing_is_looked_up_after_the_last_step_of_the_run(tokens: list[str]) -> None:
-    source = open_source(compose([*tokens, "training.num_steps=13", "dataplane.chunk_steps=2"]), Local())
+    source = open_source(compose([*tokens, "training.num_steps=11", "dataplane.chunk_steps=2"]), Local())
     with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
         for plan in plans_of(source, [source.weights] * 7):
             list(maker.batches(plan, 0))
-            assert all(found.planned.steps.start <= 12 for found in maker._ahead._found)
+            assert all(found.planned.steps.start <= 10 for found in maker._ahead._found)
 
 
 def test_batches_are_written_to_the_memory_that_they_get_when_they_are_served(plain: dict[str, Any]) -> None:
@@ -242,6 +243,17 @@ def test_a_process_that_serves_some_steps_of_a_chunk_looks_up_these_only(plain: 
                 own for own in expected if own[0] in steps
             ]
             assert not maker._ahead._found
+
+
+def test_what_was_looked_up_is_not_used_for_a_part_of_the_chunk(plain: dict[str, Any]) -> None:
+    source = source_of(plain, {}, {"chunk_steps": 4})
+    plans = list(plans_of(source, [source.weights] * 4))
+    expected, _ = served(source, [source.weights] * 4, BatchSlice(), 1)
+    with closing(BatchMaker(source, BatchSlice(), audit=True)) as maker:
+        for plan in plans[:2]:
+            list(maker.batches(plan, 0))
+        assert maker._ahead._found
+        assert [content(batch) for batch in maker.batches_of(plans[2], range(9, 11))] == expected[9:11]
 
 
 def damage(path: Path, kind: str) -> None:
@@ -276,11 +288,7 @@ def test_an_error_in_a_later_chunk_comes_at_its_own_step(tmp_path: Path, kind: s
     plans = list(plans_of(source, [weights] * 16))
     with closing(BatchMaker(source, BatchSlice(), audit=True)) as maker:
         expected = [content(batch) for plan in plans for batch in maker.batches(plan, 0)]
-        rare_step = next(
-            batch[0]
-            for batch in expected
-            if 1 in np.frombuffer(batch[2][0][2], np.int64)  # type: ignore[misc]
-        )
+        rare_step = next(batch[0] for batch in expected if 1 in np.frombuffer(batch[2][0][2], np.int64))
     path = tmp_path / "d1.bin"
     if kind == "removed":
         path.unlink()
@@ -289,9 +297,12 @@ def test_an_error_in_a_later_chunk_comes_at_its_own_step(tmp_path: Path, kind: s
 
     ends = []
     for max_chunks in (1, 8):
-        steps_ahead.MAX_CHUNKS = max_chunks
         contents = []
-        with closing(BatchMaker(source, BatchSlice(), audit=True)) as maker, pytest.raises(DataError, match=r"d1"):
+        with (
+            at_most(max_chunks),
+            closing(BatchMaker(source, BatchSlice(), audit=True)) as maker,
+            pytest.raises(DataError, match=r"d1"),
+        ):
             for plan in plans:
                 for batch in maker.batches(plan, 0):
                     contents.append(content(batch))
@@ -305,9 +316,6 @@ def test_an_error_in_a_later_chunk_comes_at_its_own_step(tmp_path: Path, kind: s
 @whole_runs(60)
 @given(st.integers(1, 6), st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 20))
 def test_the_order_of_chunks_is_the_same_together(num_domains: int, seed: int, chunk_steps: int, batch: int) -> None:
-    from mixtera_hpc.core.planner import Planner
-    from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
-
     rng = np.random.default_rng(seed)
     planner = Planner(
         capacity=np.full(num_domains, Planner.UNLIMITED),

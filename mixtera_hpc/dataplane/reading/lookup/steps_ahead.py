@@ -83,7 +83,7 @@ class StepsAhead:
         is_steady = newest is not None and _has_next(newest, planned.plan)
         self._num_chunks = min(2 * self._num_chunks, MAX_CHUNKS) if is_steady else 1
         num_chunks = min(self._num_chunks, max_steps // len(planned.steps))
-        if num_chunks < 2 or is_last_chunk(self._source, planned.plan):
+        if num_chunks < 2:
             return None
         try:
             self._look_up(self._expected(planned, num_chunks))
