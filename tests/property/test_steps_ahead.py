@@ -214,7 +214,7 @@ def test_no_more_is_looked_up_than_one_read_may_hold(plain: dict[str, Any], monk
 def test_nothing_is_looked_up_after_the_last_step_of_the_run(tokens: list[str]) -> None:
     source = open_source(compose([*tokens, "training.num_steps=11", "dataplane.chunk_steps=2"]), Local())
     with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
-        for plan in plans_of(source, [source.weights] * 7):
+        for plan in plans_of(source, [source.weights] * 6):
             list(maker.batches(plan, 0))
             assert all(found.planned.steps.start <= 10 for found in maker._ahead._found)
 
