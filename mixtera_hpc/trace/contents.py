@@ -8,13 +8,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
+from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import global_batch_maker
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = ["StepContents", "document_texts", "export_batches", "readable_sample", "write_images"]
 
@@ -25,10 +25,10 @@ _IMAGE_ENDINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"R
 class StepContents:
     """Reads the global batches of a run again. Close it after use."""
 
-    def __init__(self, sources: AttemptSources, history: History) -> None:
+    def __init__(self, run: ServedRun) -> None:
         """Open nothing yet."""
-        self._sources = sources
-        self._extents = history.extents()
+        self._run = run
+        self._extents = run.history.extents()
         self._makers: dict[int, BatchMaker] = {}
         self._last: Batch | None = None
 
@@ -46,7 +46,7 @@ class StepContents:
 
     def source(self, step: int) -> Source:
         """Return the data that `step` was served from."""
-        return self._sources.of(self._attempt_of(step))
+        return self._run.source_of(self._attempt_of(step))
 
     def check_unchanged(self, record: Record) -> None:
         """Check a record of `list_sequences` against the content, if the run was audited.
@@ -76,7 +76,7 @@ class StepContents:
 
     def _maker_of(self, attempt: AttemptRecord) -> BatchMaker:
         if attempt.number not in self._makers:
-            self._makers[attempt.number] = global_batch_maker(self._sources.of(attempt))
+            self._makers[attempt.number] = global_batch_maker(self._run.source_of(attempt))
         return self._makers[attempt.number]
 
 

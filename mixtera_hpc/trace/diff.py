@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
+from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import served_sequences
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = ["RunDifference", "first_difference"]
 
@@ -71,32 +71,16 @@ class _StepOrigin:
         return list(served_sequences(self.source, self.attempt, range(self.step, self.step + 1)))
 
 
-@dataclass(frozen=True, slots=True)
-class _ComparedRun:
-    sources: AttemptSources
-    history: History
-
-    def origin_of(self, step: int) -> _StepOrigin:
-        attempt = self.history.attempt_of(step)
-        return _StepOrigin(attempt=attempt, plan=attempt.plan_of(step), source=self.sources.of(attempt), step=step)
-
-    def next_attempt(self, step: int, end: int) -> int:
-        """Return the next step after `step` that another attempt may have served, or `end`."""
-        return min([attempt.first_step for attempt in self.history.attempts if attempt.first_step > step] + [end])
-
-
-def first_difference(first: tuple[AttemptSources, History], second: tuple[AttemptSources, History]) -> RunDifference:
+def first_difference(a: ServedRun, b: ServedRun) -> RunDifference:
     """Return the first difference between two runs."""
-    a = _ComparedRun(*first)
-    b = _ComparedRun(*second)
     end = min(a.history.end, b.history.end)
     step = 0
     while step < end:
-        origin_a = a.origin_of(step)
-        origin_b = b.origin_of(step)
+        origin_a = _origin_of(a, step)
+        origin_b = _origin_of(b, step)
         if _is_same_chunk(origin_a, origin_b):
             # Everything up to the end of the chunk is the same, unless another attempt continues inside it.
-            step = min(origin_a.plan_end, a.next_attempt(step, end), b.next_attempt(step, end))
+            step = min(origin_a.plan_end, _next_attempt(a, step, end), _next_attempt(b, step, end))
             continue
         # Equal slots over equal streams are equal documents, so most steps need no look-up.
         if not (_has_same_streams(origin_a, origin_b) and origin_a.slots() == origin_b.slots()):
@@ -105,6 +89,16 @@ def first_difference(first: tuple[AttemptSources, History], second: tuple[Attemp
                 return difference
         step += 1
     return RunDifference(num_same_steps=end, step=None, position=None, first=None, second=None, causes=[])
+
+
+def _origin_of(run: ServedRun, step: int) -> _StepOrigin:
+    attempt = run.history.attempt_of(step)
+    return _StepOrigin(attempt=attempt, plan=attempt.plan_of(step), source=run.source_of(attempt), step=step)
+
+
+def _next_attempt(run: ServedRun, step: int, end: int) -> int:
+    """Return the next step after `step` that another attempt may have served, or `end`."""
+    return min([attempt.first_step for attempt in run.history.attempts if attempt.first_step > step] + [end])
 
 
 def _is_same_chunk(a: _StepOrigin, b: _StepOrigin) -> bool:

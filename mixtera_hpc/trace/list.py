@@ -14,9 +14,9 @@ from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDoc
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = [
     "SequenceFilter",
@@ -43,9 +43,7 @@ class SequenceFilter:
     """Path of a shard; lists the sequences that hold tokens or samples of it."""
 
 
-def list_sequences(
-    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter
-) -> Iterator[tuple[Record, list[str]]]:
+def list_sequences(run: ServedRun, wanted: SequenceFilter) -> Iterator[tuple[Record, list[str]]]:
     """Yield the served sequences that pass a filter, each with the names of the domains.
 
     A record has the fields of `sequences_of_plan` and the `rank`; with an audit log also the `digest`.
@@ -54,13 +52,13 @@ def list_sequences(
         DataError: the run has not served the steps, or the index has no such shard.
         ConfigError: the run has no such rank or domain.
     """
-    extents = wanted_extents(history, wanted)
+    extents = wanted_extents(run.history, wanted)
 
     for attempt, own in extents:
-        source = sources.of(attempt)
+        source = run.source_of(attempt)
         _check_shard(wanted.shard, source)
         domain = None if wanted.domain is None else domain_id(wanted.domain, source.names)
-        for record in _records_with_ranks(source, folder, attempt, own):
+        for record in _records_with_ranks(source, run.folder, attempt, own):
             shards = [shard for shard, _, _, _ in record["segments"]]
             if (
                 is_served_to(wanted.rank, attempt, record)

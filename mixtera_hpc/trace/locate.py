@@ -13,20 +13,18 @@ import numpy as np
 
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.segment_order import Slots
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
+from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import DataError, did_you_mean
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = ["locate_row"]
 
 
-def locate_row(
-    sources: AttemptSources, history: History, shard: str, row: int, rank: int | None = None
-) -> Iterator[Record]:
+def locate_row(run: ServedRun, shard: str, row: int, rank: int | None = None) -> Iterator[Record]:
     """Yield every service of a row by the attempts that count, in order of attempts and epochs.
 
     A record has `step`, `position`, `rank`, `attempt`, `domain_id`, `epoch` and `items`: the items [start, end) of the
@@ -39,10 +37,10 @@ def locate_row(
         DataError: the index has no such shard or row.
         ConfigError: the run has no such rank.
     """
-    extents = history.extents()
+    extents = run.history.extents()
     check_rank(rank, [attempt for attempt, _ in extents])
     for attempt, steps in extents:
-        source = sources.of(attempt)
+        source = run.source_of(attempt)
         place = _find_place(source, shard, row)
         for record in _services(source, attempt, place) if place else ():
             if record["step"] in steps and is_served_to(rank, attempt, record):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.trace.attempt_sources import Record
+from mixtera_hpc.trace.served_run import Record
 
 __all__ = ["check_rank", "is_served_to"]
 

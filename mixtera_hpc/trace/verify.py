@@ -12,9 +12,9 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.list import global_batch_maker
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = ["VerifyResult", "verify_run"]
 
@@ -34,16 +34,17 @@ class VerifyResult:
     these steps."""
 
 
-def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> VerifyResult:
+def verify_run(run: ServedRun) -> VerifyResult:
     """Prove that every planned sequence was consumed exactly once, across all attempts and run edits.
 
     Raises:
         DataError: the run was not audited, or a sequence was not consumed, consumed twice, or consumed with other
             content; the message names the first such sequence.
     """
-    consumed = _ConsumedSequences(folder, history)
+    history = run.history
+    consumed = _ConsumedSequences(run.folder, history)
     end, unfinished = _proven_end(history, consumed)
-    proof = _Proof(sources, history, consumed)
+    proof = _Proof(run, consumed)
     step = 0
     for attempt, served in history.extents():
         steps = range(served.start, min(served.stop, end))
@@ -68,9 +69,8 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
 class _Proof:
     """Makes the planned steps again and compares them with the consumed ones."""
 
-    def __init__(self, sources: AttemptSources, history: History, consumed: "_ConsumedSequences") -> None:
-        self._sources = sources
-        self._history = history
+    def __init__(self, run: ServedRun, consumed: "_ConsumedSequences") -> None:
+        self._run = run
         self._consumed = consumed
         self.num_sequences = 0
         self.unproven: list[int] = []
@@ -83,10 +83,10 @@ class _Proof:
             DataError: names the first sequence that differs.
         """
         # Each chunk is made again from its plan; `step` is the first step that is not compared yet.
-        maker = global_batch_maker(self._sources.of(attempt))
+        maker = global_batch_maker(self._run.source_of(attempt))
         step = steps.start
         while step < steps.stop:
-            if self._history.damaged_lines and not attempt.has_plan_of(step):
+            if self._run.history.damaged_lines and not attempt.has_plan_of(step):
                 self.unproven.append(step)
                 step += 1
                 continue

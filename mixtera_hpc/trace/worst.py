@@ -17,11 +17,10 @@ import msgspec
 import numpy as np
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
+from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.loss_log import RecordedLosses, read_losses
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import (
     SequenceFilter,
     audited_digests,
@@ -31,6 +30,7 @@ from mixtera_hpc.trace.list import (
     wanted_extents,
 )
 from mixtera_hpc.trace.rank_filter import is_served_to
+from mixtera_hpc.trace.served_run import Record, ServedRun
 
 __all__ = ["WorstSequences", "worst_sequences", "write_documents"]
 
@@ -52,18 +52,14 @@ class WorstSequences:
     """Wanted steps of which not all losses were recorded."""
 
 
-def worst_sequences(
-    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter, count: int
-) -> WorstSequences:
+def worst_sequences(run: ServedRun, wanted: SequenceFilter, count: int) -> WorstSequences:
     """Return the `count` sequences with the highest mean loss among those that pass a filter.
 
     A record has the fields of `list_sequences` and the `loss`: the mean over the counted tokens in nats, infinite if it
     was not finite. Among equal losses the earlier step and lower position come first.
 
     Args:
-        sources: the data of the run.
-        folder: the run.
-        history: the journal of the run.
+        run: the run.
         wanted: steps, rank, domain and shard.
         count: at least 1.
 
@@ -71,22 +67,22 @@ def worst_sequences(
         ConfigError: the run has no such rank or domain.
         DataError: the run has not served the steps, or no losses of them were recorded.
     """
-    extents = wanted_extents(history, wanted)
+    extents = wanted_extents(run.history, wanted)
     selection = _HighestLosses(count)
-    of_shard = _positions_of_shard(sources, folder, history, wanted)
+    of_shard = _positions_of_shard(run, wanted)
     num_positions: Counter[int] = Counter()
     for attempt, steps in extents:
-        has_domain = _domain_test(sources, attempt, wanted.domain)
+        has_domain = _domain_test(run, attempt, wanted.domain)
         is_wanted = has_domain if of_shard is None else functools.partial(_is_one_of, of_shard)
-        for losses in _read_once(folder, attempt, steps, wanted.rank):
+        for losses in _read_once(run.folder, attempt, steps, wanted.rank):
             num_positions[losses.step] += len(losses.means)
             selection.add(losses, is_wanted)
 
     all_steps = list(itertools.chain.from_iterable(steps for _, steps in extents))
     if not num_positions:
-        raise _no_losses_error(folder, history, all_steps)
+        raise _no_losses_error(run, all_steps)
     return WorstSequences(
-        sequences=list(_look_up(sources, folder, extents, selection)),
+        sequences=list(_look_up(run, extents, selection)),
         num_steps=len(all_steps),
         num_recorded=selection.num_seen,
         incomplete_steps=_incomplete_steps(extents, num_positions, wanted.rank),
@@ -146,13 +142,11 @@ def _read_once(folder: RunFolder, attempt: AttemptRecord, steps: range, rank: in
         of_group.update(by_step)
 
 
-def _positions_of_shard(
-    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter
-) -> set[tuple[int, int]] | None:
+def _positions_of_shard(run: ServedRun, wanted: SequenceFilter) -> set[tuple[int, int]] | None:
     """Return step and position of every sequence that passes a filter with a shard; None without a shard."""
     if wanted.shard is None:
         return None
-    records = list_sequences(sources, folder, history, wanted)
+    records = list_sequences(run, wanted)
     return {(record["step"], record["position"]) for record, _ in records}
 
 
@@ -160,11 +154,11 @@ def _is_one_of(chosen: Container[tuple[int, int]], step: int, position: int) -> 
     return (step, position) in chosen
 
 
-def _domain_test(sources: AttemptSources, attempt: AttemptRecord, domain: str | None) -> Callable[[int, int], bool]:
+def _domain_test(run: ServedRun, attempt: AttemptRecord, domain: str | None) -> Callable[[int, int], bool]:
     """Return a function of step and position that says whether an attempt served a sequence of `domain` there."""
     if domain is None:
         return lambda step, position: True
-    source = sources.of(attempt)
+    source = run.source_of(attempt)
     wanted = domain_id(domain, source.names)
     plans = {plan.first_step: plan for plan in attempt.plans}
 
@@ -183,8 +177,7 @@ def _domain_test(sources: AttemptSources, attempt: AttemptRecord, domain: str | 
 
 
 def _look_up(
-    sources: AttemptSources,
-    folder: RunFolder,
+    run: ServedRun,
     extents: list[tuple[AttemptRecord, range]],
     selection: _HighestLosses,
 ) -> Iterator[tuple[Record, list[str]]]:
@@ -193,9 +186,9 @@ def _look_up(
     found: dict[tuple[int, int], tuple[Record, list[str]]] = {}
     for attempt, steps in extents:
         own_steps = sorted({step for step, _ in chosen if step in steps})
-        digests = audited_digests(folder, attempt.number, own_steps) if own_steps else {}
+        digests = audited_digests(run.folder, attempt.number, own_steps) if own_steps else {}
         for step in own_steps:
-            source = sources.of(attempt)
+            source = run.source_of(attempt)
             for record in served_sequences(source, attempt, range(step, step + 1)):
                 key = (step, record["position"])
                 if key in chosen:
@@ -216,10 +209,10 @@ def _incomplete_steps(
     return missing
 
 
-def _no_losses_error(folder: RunFolder, history: History, steps: list[int]) -> DataError:
-    has_log = any(folder.ranks_with_losses(attempt.number) for attempt in history.attempts)
+def _no_losses_error(run: ServedRun, steps: list[int]) -> DataError:
+    has_log = any(run.folder.ranks_with_losses(attempt.number) for attempt in run.history.attempts)
     what = f"has recorded losses, but none of steps {steps[0]} to {steps[-1]}" if has_log else "has recorded no losses"
     return DataError(
-        f"{folder.run_id} {what}.\n"
+        f"{run.folder.run_id} {what}.\n"
         "  Train with dataplane.record_losses=true, and call plane.record(batch, loss) in your own training loop."
     )

@@ -13,7 +13,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.resume.run_edits import record_run_edit, run_edit_between
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 PROGRAM = Path(__file__).with_name("plane_program.py")
@@ -134,7 +134,7 @@ def test_a_restart_with_another_number_of_ranks_changes_nothing_and_verifies(
     assert weights(tmp_path / "run") == weights(folder)
     assert consumed(tmp_path / "run") == consumed(folder)
     run = RunFolder(tmp_path / "run")
-    verdict = verify_run(AttemptSources(compose(overrides)), run, History(run.journal))
+    verdict = verify_run(ServedRun(run, compose(overrides)))
     assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (STEPS, 24 * STEPS, 2)
 
 
@@ -174,5 +174,5 @@ def test_an_edit_between_attempts_of_different_ranks_is_proven(
         serve(folder, ranks, 2, 24, more=("dataplane.global_batch_size=30",))
     assert consumed(tmp_path / "one") == consumed(tmp_path / "many")
     run = RunFolder(tmp_path / "many")
-    verdict = verify_run(AttemptSources(after), run, History(run.journal))
+    verdict = verify_run(ServedRun(run, after))
     assert (verdict.num_steps, verdict.num_sequences) == (24, 10 * 24 + 14 * 30)

@@ -23,9 +23,9 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import planned_sequences, served_sequences
 from mixtera_hpc.trace.locate import locate_row
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -181,13 +181,13 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_after_a_resume(
     assert digests_of(begun) + [batch.digests for batch in rest] == [batch.digests for batch in whole]
     run = RunFolder(folder)
     history = History(run.journal)
-    assert verify_run(AttemptSources(config), run, history).num_sequences == sum(sizes)
+    assert verify_run(ServedRun(run, config)).num_sequences == sum(sizes)
     # `plan` and `trace` agree on every step, if nothing is learned.
-    source = AttemptSources(config).of(history.attempts[0])
+    source = ServedRun(run, config).source_of(history.attempts[0])
     if not learns:
         planned = [record["segments"] for record in planned_sequences(source, 0, 20)]
         attempts = history.extents()
-        served = [r for a, steps in attempts for r in served_sequences(AttemptSources(config).of(a), a, steps)]
+        served = [r for a, steps in attempts for r in served_sequences(ServedRun(run, config).source_of(a), a, steps)]
         assert [record["segments"] for record in served] == planned
 
 
@@ -219,12 +219,12 @@ def test_a_replay_proves_a_ramp_and_a_change_of_length_in_one_run(
     sizes += [ramp(after).size_at(step + 1) for step in range(at_step, 22)]
     assert [len(digests) for digests in digests_of(ranks)] == sizes[at_step:]
     history = History(run.journal)
-    assert verify_run(AttemptSources(second), run, history).num_sequences == sum(sizes)
+    assert verify_run(ServedRun(run, second)).num_sequences == sum(sizes)
     # Both ways to look at a document agree.
-    source = AttemptSources(second).of(history.attempts[-1])
+    source = ServedRun(run, second).source_of(history.attempts[-1])
     [record, *_] = served_sequences(source, history.attempts[-1], range(20, 21))
     shard, row, _, _ = record["segments"][0]
-    places = [(p["step"], p["position"]) for p in locate_row(AttemptSources(second), history, shard, row)]
+    places = [(p["step"], p["position"]) for p in locate_row(ServedRun(run, second), shard, row)]
     assert (20, record["position"]) in places
 
 

@@ -13,13 +13,12 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.steps.digests import PADDING_DIGEST
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -98,11 +97,10 @@ def test_a_run_with_padding_is_listed_verified_and_resumed(collection: list[str]
         (last,) = list(plane)
     assert (last.step, int(last.is_padding.sum())) == (9, 20)
 
-    sources = AttemptSources(config)
-    history = History(folder.journal)
-    result = verify_run(sources, folder, history)
+    run = ServedRun(folder, config)
+    result = verify_run(run)
     assert (result.num_steps, result.num_sequences) == (10, NUM_ROWS)
-    records = [record for record, _ in list_sequences(sources, folder, history, SequenceFilter(steps=range(9, 10)))]
+    records = [record for record, _ in list_sequences(run, SequenceFilter(steps=range(9, 10)))]
     assert [record["position"] for record in records] == list(range(30))
     assert [record["digest"] for record in records] == (last.digests or [])[:30]
 

@@ -17,7 +17,7 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, read_decisions, requested_mixture, write_request
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -83,7 +83,7 @@ def test_the_next_unplanned_chunk_is_served_from_the_request_and_the_run_is_prov
     shares = [w / sum(served[decision.chunk]) for w in served[decision.chunk]]
     assert sorted(shares)[-2:] == [0.25, 0.75]
     assert served[-1] == served[decision.chunk]
-    assert verify_run(AttemptSources(config), RunFolder(folder), History(RunFolder(folder).journal)).num_steps == 24
+    assert verify_run(ServedRun(RunFolder(folder), config)).num_steps == 24
     assert '"kind":"mixture"' in (folder / "journal.jsonl").read_text()
 
 

@@ -15,13 +15,12 @@ from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between, subset_of_run
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -123,7 +122,7 @@ def test_skipped_steps_are_the_only_ones_missing(
         expected = [b.digests for b in whole if not first <= b.step < first + count]
         assert [b.digests for b in before_edit + after_edit] == expected
     run = RunFolder(folder)
-    assert verify_run(AttemptSources(config), run, History(run.journal)).num_steps == 30
+    assert verify_run(ServedRun(run, config)).num_steps == 30
 
 
 @SLOW
@@ -208,7 +207,7 @@ def test_a_replay_proves_a_run_with_several_edits(
     record_edit(config, changed, folder, first + more, drop=["size > 2000"])
     serve(changed, folder, 3, 30, state)
     run = RunFolder(folder)
-    result = verify_run(AttemptSources(changed), run, History(run.journal))
+    result = verify_run(ServedRun(run, changed))
     assert result.num_steps == 30
     assert result.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
 

@@ -19,8 +19,8 @@ from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.refresh import refresh_index
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.locate import locate_row
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 
@@ -70,15 +70,14 @@ def test_edits_and_a_refresh_of_one_index_leave_a_run_that_is_proven(joined: Con
     serve(changed, folder, 2, 25)
     assert state is not None
 
-    history = History(folder.journal)
-    sources = AttemptSources(changed)
-    result = verify_run(sources, folder, history)
+    run = ServedRun(folder, changed)
+    result = verify_run(run)
     assert (result.num_steps, result.num_sequences) == (25, 25 * 6)
     new_shard = str(tmp_path / "code" / "b.jsonl")
-    shards = {path for attempt, _ in history.extents() for path in sources.of(attempt).index.shard_paths}
+    shards = {path for attempt, _ in run.history.extents() for path in run.source_of(attempt).index.shard_paths}
     assert new_shard not in shards
-    assert list(locate_row(sources, history, str(tmp_path / "code" / "a.jsonl"), 1)) == []
-    assert list(locate_row(sources, history, str(tmp_path / "code" / "a.jsonl"), 0))
+    assert list(locate_row(run, str(tmp_path / "code" / "a.jsonl"), 1)) == []
+    assert list(locate_row(run, str(tmp_path / "code" / "a.jsonl"), 0))
 
 
 def test_an_edit_continues_from_a_checkpoint_over_several_indexes(joined: Config, tmp_path: Path) -> None:
@@ -94,7 +93,7 @@ def test_an_edit_continues_from_a_checkpoint_over_several_indexes(joined: Config
     serve(joined, folder, 2, 25, state)
     history = History(folder.journal)
     assert [attempt.first_step for attempt, _ in history.extents()] == [0, 10]
-    assert verify_run(AttemptSources(joined), folder, history).num_steps == 25
+    assert verify_run(ServedRun(folder, joined)).num_steps == 25
 
 
 def test_a_drop_that_matches_nothing_is_refused_and_not_recorded(joined: Config, tmp_path: Path) -> None:

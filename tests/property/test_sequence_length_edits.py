@@ -22,8 +22,8 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import served_sequences
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -82,11 +82,10 @@ def edit(before: Config, folder: Path, at_step: int, drop: tuple[str, ...] = (),
 
 def served_tokens(config: Config, folder: Path) -> Counter[tuple[str, int, int]]:
     """Return how often each token of each document was served as an input: (shard, row, token) → times."""
-    run = RunFolder(folder)
-    sources = AttemptSources(config)
+    run = ServedRun(RunFolder(folder), config)
     times: Counter[tuple[str, int, int]] = Counter()
-    for attempt, steps in History(run.journal).extents():
-        source = sources.of(attempt)
+    for attempt, steps in run.history.extents():
+        source = run.source_of(attempt)
         for record in served_sequences(source, attempt, steps):
             stride = source.grid.stride
             for shard, row, first, last in record["segments"]:
@@ -131,7 +130,7 @@ def test_every_token_of_an_epoch_is_in_one_sequence(
     epoch_items = open_source(config, Local()).layout.epoch_items()
     assert epoch_items.sum() - len(times) < (len(epoch_items) + 8) * 66
     run = RunFolder(folder)
-    assert verify_run(AttemptSources(config), run, History(run.journal)).num_steps == History(run.journal).end
+    assert verify_run(ServedRun(run, config)).num_steps == History(run.journal).end
 
 
 @SLOW
@@ -151,7 +150,7 @@ def test_a_replay_proves_changes_of_length_batch_and_data_on_any_number_of_ranks
         last = edit(longer, folder, first + more, seq_len=24, drop=("source == 'argparse'",))
         ranks = run_ranks(num_ranks, partial(serve, last, folder, 3, 24, state))
         run = RunFolder(folder)
-        proof = verify_run(AttemptSources(last), run, History(run.journal))
+        proof = verify_run(ServedRun(run, last))
         assert (proof.num_steps, proof.num_sequences) == (24, 6 * first + 12 * (24 - first))
         steps = zip(*(batches for batches, _ in ranks), strict=True)
         digests.append([[digest for batch in step for digest in batch.digests or []] for step in steps])

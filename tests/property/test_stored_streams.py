@@ -16,7 +16,6 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.packing import sequences_ahead
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.reading import batch_maker
 from mixtera_hpc.dataplane.reading.lookup import item_directory
@@ -26,7 +25,7 @@ from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 from .examples import whole_runs
@@ -139,7 +138,7 @@ def test_a_ramp_and_a_longer_sequence_are_proved_on_other_ranks(
             state = served[0][1]
             steps = zip(*(batches for batches, _ in served), strict=True)
             parts.append([[digest for batch in step for digest in batch.digests or []] for step in steps])
-        proof = verify_run(AttemptSources(longer), run, History(run.journal))
+        proof = verify_run(ServedRun(run, longer))
         assert (proof.num_steps, proof.num_sequences) == (8, 2 * 6 + 3 * 12 + 3 * 18)
         digests.append(parts)
     assert digests[0] == digests[1]

@@ -16,14 +16,13 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.diff import first_difference
 from mixtera_hpc.trace.list import served_sequences
 from mixtera_hpc.trace.locate import locate_row
+from mixtera_hpc.trace.served_run import ServedRun
 
 from .examples import FIXTURES_TOO
 
-Run = tuple[AttemptSources, History]
 SHARDS = [("a.jsonl", 120), ("b.jsonl.gz", 120), ("c.jsonl.zst", 120), ("d.parquet", 120)]
 
 
@@ -52,12 +51,12 @@ def serve(config: Config, folder: Path, attempt: int, until: int, state: Any = N
         return plane.state_dict()
 
 
-def opened(config: Config, folder: Path) -> Run:
-    return AttemptSources(config), History(RunFolder(folder).journal)
+def opened(config: Config, folder: Path) -> ServedRun:
+    return ServedRun(RunFolder(folder), config)
 
 
 @pytest.fixture(scope="module")
-def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[Any, list[Any]]]:
+def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedRun, dict[Any, list[Any]]]:
     """Serve several epochs with a skip, a drop, another seed and batch size; also return where each row was served."""
     folder = tmp_path_factory.mktemp("edited")
     after = replace(config, dataplane=replace(config.dataplane, seed=4, global_batch_size=6))
@@ -71,8 +70,8 @@ def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tupl
     serve(after, folder, 2, 160, state)
     run = opened(after, folder)
     naive: dict[Any, list[Any]] = {}
-    for attempt, steps in run[1].extents():
-        for record in served_sequences(run[0].of(attempt), attempt, range(steps.start, min(steps.stop, 160))):
+    for attempt, steps in run.history.extents():
+        for record in served_sequences(run.source_of(attempt), attempt, range(steps.start, min(steps.stop, 160))):
             for shard, row, start, end in record["segments"]:
                 naive.setdefault((shard, row), []).append((record["step"], record["position"], [start, end]))
     return run, naive
@@ -81,21 +80,21 @@ def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES_TOO)
 @given(st.sampled_from(SHARDS), st.integers(0, 119))
 def test_every_service_of_a_row_is_located_and_no_other(
-    edited_run: tuple[Run, dict[Any, list[Any]]], shard: tuple[str, int], row: int
+    edited_run: tuple[ServedRun, dict[Any, list[Any]]], shard: tuple[str, int], row: int
 ) -> None:
     run, naive = edited_run
-    located = [(r["step"], r["position"], r["items"]) for r in locate_row(*run, shard[0], row)]
+    located = [(r["step"], r["position"], r["items"]) for r in locate_row(run, shard[0], row)]
     expected = naive.get((shard[0], row), [])
     assert sorted(located) == sorted(expected)
 
 
 def test_rows_were_served_in_several_epochs_and_on_both_sides_of_the_edit(
-    edited_run: tuple[Run, dict[Any, list[Any]]],
+    edited_run: tuple[ServedRun, dict[Any, list[Any]]],
 ) -> None:
     """Without this, the test above would compare nothing."""
     run, naive = edited_run
-    epochs = {r["epoch"] for (shard, row) in list(naive)[:40] for r in locate_row(*run, shard, row)}
-    attempts = {r["attempt"] for (shard, row) in list(naive)[:40] for r in locate_row(*run, shard, row)}
+    epochs = {r["epoch"] for (shard, row) in list(naive)[:40] for r in locate_row(run, shard, row)}
+    attempts = {r["attempt"] for (shard, row) in list(naive)[:40] for r in locate_row(run, shard, row)}
     assert len(epochs) > 1 and attempts == {1, 2}
 
 
@@ -103,10 +102,10 @@ def test_rows_were_served_in_several_epochs_and_on_both_sides_of_the_edit(
     ("shard", "row", "message"), [("a.json", 0, "Did you mean 'a.jsonl'"), ("a.jsonl", 120, "rows 0 to 119")]
 )
 def test_a_row_that_does_not_exist_is_refused(
-    edited_run: tuple[Run, dict[Any, list[Any]]], shard: str, row: int, message: str
+    edited_run: tuple[ServedRun, dict[Any, list[Any]]], shard: str, row: int, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        list(locate_row(*edited_run[0], shard, row))
+        list(locate_row(edited_run[0], shard, row))
 
 
 def test_the_same_run_twice_has_no_difference(config: Config, tmp_path: Path) -> None:

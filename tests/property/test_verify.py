@@ -12,11 +12,10 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.steps.digests import sample_digest
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import VerifyResult, verify_run
 
 
@@ -37,7 +36,7 @@ def serve(config: Config, folder: Path, attempt: int, until: int, state: Any = N
 
 def proven(config: Config, folder: Path) -> VerifyResult:
     run = RunFolder(folder)
-    return verify_run(AttemptSources(config), run, History(run.journal))
+    return verify_run(ServedRun(run, config))
 
 
 def test_a_run_of_tokens_or_samples_is_proven(config: Config, tmp_path: Path) -> None:

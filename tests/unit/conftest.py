@@ -20,7 +20,6 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query.parse import parse_predicate
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import UserError
 from mixtera_hpc.index.build.build import build_index
@@ -28,7 +27,7 @@ from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.verify import deeply_changed_shards
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.tokens.bpe_training import train_bpe
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.track.tracker import JsonLinesTracker
 
@@ -156,7 +155,7 @@ def prove_run(tmp_path: Path) -> Callable[[Config], int]:
         run = RunFolder(tmp_path / "proven")
         state = serve(config, Local(), 1, 4, None)
         run_ranks(3, lambda comm: serve(config, comm, 2, 9, state))
-        return verify_run(AttemptSources(config), run, History(run.journal)).num_sequences
+        return verify_run(ServedRun(run, config)).num_sequences
 
     return prove
 

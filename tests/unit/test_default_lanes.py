@@ -16,10 +16,9 @@ import zstandard
 
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import lane_count
 from mixtera_hpc.dataplane.reading.source import open_source
@@ -31,7 +30,7 @@ from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.swarm_sample import sample_swarm
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 
 LARGE_BATCH = "dataplane.global_batch_size=8192"
 SHARDS = 40
@@ -313,9 +312,8 @@ def test_every_attempt_is_traced_with_its_own_number(words: list[str], tmp_path:
     folder = RunFolder(tmp_path / "mine" / "run")
     for number in (RECORDED, 7):
         own_loop(words, [f"dataplane.lanes={number}"], 3, folder=folder)
-    sources = AttemptSources(load_config(folder.config))
-    attempts = History(folder.journal).attempts
-    assert [sources.of(attempt).lanes.lanes for attempt in attempts] == [RECORDED, 7]
+    run = ServedRun(folder)
+    assert [run.source_of(attempt).lanes.lanes for attempt in run.history.attempts] == [RECORDED, 7]
     assert main(["trace", str(folder.path), "--verify"]) == 0
 
 

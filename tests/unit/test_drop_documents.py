@@ -15,7 +15,6 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
 from mixtera_hpc.errors import ConfigError, LaunchError
@@ -24,9 +23,9 @@ from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.document_filter import documents_expression
 from mixtera_hpc.index.read.selection import select_domains
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
 from mixtera_hpc.trace.locate import locate_row
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 EPOCH = ["mixture.on_exhausted=redistribute", "mixture.max_epochs=1", "dataplane.last_batch=pad"]
@@ -56,9 +55,9 @@ def serve(config: Config, folder: Path, attempt: int, num_ranks: int, until: int
 
 def served(config: Config, folder: Path, steps: range | None = None) -> list[dict[str, Any]]:
     run = RunFolder(folder)
-    history = History(run.journal)
-    steps = steps and range(steps.start, min(steps.stop, history.end))
-    records = list_sequences(AttemptSources(config), run, history, SequenceFilter(steps=steps))
+    recorded = ServedRun(run, config)
+    steps = steps and range(steps.start, min(steps.stop, recorded.history.end))
+    records = list_sequences(recorded, SequenceFilter(steps=steps))
     return [record for record, _ in records]
 
 
@@ -77,7 +76,7 @@ def drop_and_continue(config: Config, folder: Path, state: Any, dropped: Path, n
 
 def verified(config: Config, folder: Path) -> int:
     run = RunFolder(folder)
-    return verify_run(AttemptSources(config), run, History(run.journal)).num_sequences
+    return verify_run(ServedRun(run, config)).num_sequences
 
 
 def num_selected(name: str, capsys: pytest.CaptureFixture[str]) -> int:
@@ -125,9 +124,8 @@ def test_the_rest_of_the_epoch_is_served_without_the_worst_documents(
 
         # The last document was dropped before it was served, the first one after.
         run = RunFolder(folder)
-        history = History(run.journal)
         for shard, row in (everything[-40], next(d for d in first if d in dropped)):
-            found = list(locate_row(AttemptSources(config), history, shard, row, None))
+            found = list(locate_row(ServedRun(run, config), shard, row, None))
             assert len(found) >= ((shard, row) in first) and all(hit["step"] < STOP for hit in found)
         listed.append([{k: v for k, v in r.items() if k not in ("rank", "attempt")} for r in served(config, folder)])
     assert listed[0] == listed[1]

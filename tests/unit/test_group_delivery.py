@@ -13,12 +13,11 @@ from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 from mixtera_hpc.tokens.tokenizer import load_vocabulary
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 WORDS = [
@@ -90,7 +89,7 @@ def test_peers_get_from_their_leader_what_they_would_have_read(
         assert [*first[rank][0], *second[rank][0]] == rows(whole, 4 * group, 4)
         assert [*first[rank][2], *second[rank][2]] == losses
         assert second[rank][1]["plane"].tobytes() == second[0][1]["plane"].tobytes()
-    assert verify_run(AttemptSources(lead), folder, History(folder.journal)).num_steps == STEPS
+    assert verify_run(ServedRun(folder, lead)).num_steps == STEPS
 
 
 def test_only_the_leader_runs_a_reading_thread(lead: Config) -> None:

@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import CommError, ConfigError
 from mixtera_hpc.integrations.torch import PlaneDataset
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 pytestmark = pytest.mark.slow
@@ -282,7 +282,7 @@ def test_a_run_that_ended_with_unfinished_batches_is_proven(config: Config, tmp_
             state = plane.state_dict()
     history = History(folder.journal)
     assert [(attempt.first_step, attempt.next_step) for attempt in history.attempts] == [(0, 4), (4, 8), (8, 12)]
-    assert verify_run(AttemptSources(config), folder, history).num_steps == 12
+    assert verify_run(ServedRun(folder, config)).num_steps == 12
 
 
 def test_a_loader_must_say_what_is_finished_before_a_state_is_saved(config: Config) -> None:

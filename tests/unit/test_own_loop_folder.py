@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.track.event_reader import read_events
 
@@ -137,8 +137,7 @@ def test_a_submitted_program_continues_from_its_own_checkpoints_after_an_edit(co
     longer = resized(program, seq_len=40)
     assert check_and_record_edit(folder, program, longer) is not None
     train(longer, folder, 4, state)
-    run = History(folder.journal)
-    assert verify_run(AttemptSources(longer), folder, run).num_steps == 9
+    assert verify_run(ServedRun(folder, longer)).num_steps == 9
 
 
 def test_a_mixture_that_hears_no_losses_shows_in_status_and_report(

@@ -20,8 +20,8 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.rank_filter import is_served_to
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 WORDS = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=3", "dataplane.audit=true"]
@@ -79,7 +79,7 @@ def test_peers_get_the_same_batches_in_every_order_of_dimensions(
         assert [digests for _, digests in served] == [digests[first : first + 4] for _, digests in alone[0]]
 
     history = History(folder.journal)
-    assert verify_run(AttemptSources(config), folder, history).num_steps == STEPS
+    assert verify_run(ServedRun(folder, config)).num_steps == STEPS
     attempt = history.attempts[0]
     for rank in range(8):
         traced = [p for p in range(8) if is_served_to(rank, attempt, {"rank": attempt.rank_of(0, p)})]

@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 SMALL = ["mixture.unit=samples", "dataplane.global_batch_size=12", "dataplane.chunk_steps=2", "dataplane.audit=true"]
@@ -153,7 +153,7 @@ def test_a_dynamic_mixture_of_samples_learns_and_is_proven(collection: list[str]
     history = History(folder.journal)
     weights = np.array([plan.weights / plan.weights.sum() for plan in history.attempts[0].plans])
     assert np.abs(weights[-1] - weights[0]).max() > 0.02
-    assert verify_run(AttemptSources(config), folder, history).num_sequences == 16 * 12
+    assert verify_run(ServedRun(folder, config)).num_sequences == 16 * 12
 
 
 def test_held_out_losses_of_samples(collection: list[str]) -> None:

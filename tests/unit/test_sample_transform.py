@@ -12,13 +12,12 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.thread_ranks import run_ranks
-from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 FUNCTIONS = """
@@ -165,7 +164,7 @@ def test_the_proof_of_a_run_is_of_the_raw_rows(overrides: list[str], tmp_path: P
             next(batches)
     # A laptop need not have the function.
     (tmp_path / "code" / "my_transforms.py").unlink()
-    assert verify_run(AttemptSources(config), folder, History(folder.journal)).num_sequences == 24
+    assert verify_run(ServedRun(folder, config)).num_sequences == 24
 
 
 COSTED = ["data.transform=my_transforms.costed", "dataplane.sample_cost=transform", "dataplane.sample_budget=9"]

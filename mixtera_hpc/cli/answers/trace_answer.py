@@ -18,16 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.cli.run_arguments import find_run, find_run_named
-from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import ConfigError, DataError, pluralize
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.contents import StepContents, document_texts, export_batches, readable_sample, write_images
 from mixtera_hpc.trace.diff import RunDifference, first_difference
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
 from mixtera_hpc.trace.locate import locate_row
+from mixtera_hpc.trace.served_run import Record, ServedRun
 from mixtera_hpc.trace.verify import VerifyResult, verify_run
 from mixtera_hpc.trace.worst import worst_sequences, write_documents
 
@@ -39,18 +37,17 @@ logger = logging.getLogger("mixtera_hpc")
 def print_trace(args: argparse.Namespace) -> None:
     """Print what the arguments ask for."""
     _check_arguments(args)
-    folder = find_run(args)
-    sources, history = _open_run(folder)
+    run = ServedRun(find_run(args))
     if args.verify:
-        _print_verified(verify_run(sources, folder, history), folder, args.json)
+        _print_verified(verify_run(run), run.folder, args.json)
     elif args.diff is not None:
-        other = _open_run(find_run_named(args.diff, args))
-        difference = first_difference((sources, history), other)
-        _print_difference(difference, (history.end, other[1].end), args.json)
+        other = ServedRun(find_run_named(args.diff, args))
+        difference = first_difference(run, other)
+        _print_difference(difference, (run.history.end, other.history.end), args.json)
     elif args.row is not None:
-        _print_located(sources, history, args)
+        _print_located(run, args)
     else:
-        _print_sequences(sources, folder, history, args)
+        _print_sequences(run, args)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -100,11 +97,6 @@ def _steps(args: argparse.Namespace) -> range | None:
     return range(int(match[1]), int(match[2]) + 1)
 
 
-def _open_run(folder: RunFolder) -> tuple[AttemptSources, History]:
-    history = History(folder.journal)
-    return AttemptSources(load_config(folder.config)), history
-
-
 def _print_verified(result: VerifyResult, folder: RunFolder, as_json: bool) -> None:
     if as_json:
         _print_json(result)
@@ -141,9 +133,9 @@ def _print_difference(difference: RunDifference, ends: tuple[int, int], as_json:
     print("\n".join(f"differs: {cause}" for cause in difference.causes) or "settings and weights are the same")
 
 
-def _print_located(sources: AttemptSources, history: History, args: argparse.Namespace) -> None:
+def _print_located(run: ServedRun, args: argparse.Namespace) -> None:
     is_empty = True
-    for record in locate_row(sources, history, args.shard, args.row, args.rank):
+    for record in locate_row(run, args.shard, args.row, args.rank):
         is_empty = False
         if args.json:
             _print_json(record)
@@ -154,37 +146,35 @@ def _print_located(sources: AttemptSources, history: History, args: argparse.Nam
             f"epoch {record['epoch']}, items {start} to {end}"
         )
     if is_empty and not args.json:
-        print(f"{args.shard} row {args.row} has not been served up to step {history.end}")
+        print(f"{args.shard} row {args.row} has not been served up to step {run.history.end}")
 
 
-def _print_sequences(sources: AttemptSources, folder: RunFolder, history: History, args: argparse.Namespace) -> None:
+def _print_sequences(run: ServedRun, args: argparse.Namespace) -> None:
     wanted = SequenceFilter(steps=_steps(args), rank=args.rank, domain=args.domain, shard=args.shard)
     if args.worst is not None:
-        records = iter(_worst(sources, folder, history, wanted, args))
+        records = iter(_worst(run, wanted, args))
     else:
-        records = list_sequences(sources, folder, history, wanted)
+        records = list_sequences(run, wanted)
     if not args.show and args.export is None:
         for record, names in records:
             _print_json(record) if args.json else print(_readable(record, names))
         return
-    with contextlib.closing(StepContents(sources, history)) as contents:
+    with contextlib.closing(StepContents(run)) as contents:
         if args.export is not None:
             _export(contents, records, args.export)
             return
         for record, names in records:
             contents.check_unchanged(record)
-            shown = _shown(contents, record, folder)
+            shown = _shown(contents, record, run.folder)
             if args.json:
                 _print_json(record | shown)
             else:
                 print(_readable_content(record, names, shown))
 
 
-def _worst(
-    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter, args: argparse.Namespace
-) -> list[tuple[Record, list[str]]]:
+def _worst(run: ServedRun, wanted: SequenceFilter, args: argparse.Namespace) -> list[tuple[Record, list[str]]]:
     """Return the sequences with the highest losses; write their documents to the file of --write."""
-    worst = worst_sequences(sources, folder, history, wanted, args.worst)
+    worst = worst_sequences(run, wanted, args.worst)
     if not args.json:
         print(
             f"{len(worst.sequences)} of {pluralize(worst.num_recorded, 'sequence')} with a recorded loss, in "

@@ -1,33 +1,48 @@
-"""The data that each attempt of a run was served from, opened again from the index."""
+"""A run as its folder records it: the journal, and the data that each attempt served, opened again from the index."""
 
 from typing import Any
 
 import msgspec
 
 from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import AttemptRecord
+from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subset_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
 
-__all__ = ["AttemptSources", "Record"]
+__all__ = ["Record", "ServedRun"]
 
 Record = dict[str, Any]
 """One line of the output of `trace` or `plan`, ready for JSON."""
 
 
-class AttemptSources:
-    """The sources that the attempts of a run served from, opened on demand; one for every stream version."""
+class ServedRun:
+    """The records of one run, and the data that it served."""
 
-    def __init__(self, config: Config) -> None:
-        """Store the recorded configuration of the run; the journal has the values that differ for each attempt."""
-        self._config = config
+    def __init__(self, folder: RunFolder, config: Config | None = None) -> None:
+        """Read the journal.
+
+        Args:
+            folder: the run.
+            config: the configuration of the run, None for the recorded one. The journal has the values that differ for
+                each attempt.
+
+        Raises:
+            DataError: the journal is missing, or the line that begins an attempt is lost.
+        """
+        self.folder = folder
+        self.history = History(folder.journal)
+        """The attempts, and what they served."""
+        self._config = config or load_config(folder.config)
         self._opened: dict[bytes, Source] = {}
+        """Identity and stream version → the source."""
 
-    def of(self, attempt: AttemptRecord) -> Source:
-        """Return the source that `attempt` served from.
+    def source_of(self, attempt: AttemptRecord) -> Source:
+        """Return the source that `attempt` served from; opened at the first call.
 
         Raises:
             DataError: the index, the tokenizer or the settings differ from those of the attempt.
