@@ -28,6 +28,6 @@ def explain_disk_errors(kind: type[MixteraError], folder: Path, problem: str, cu
         yield
     except OSError as error:
         is_denied = isinstance(error, PermissionError) and Path(error.filename or "").is_relative_to(folder)
-        if error.errno not in DISK_ERRORS and not is_denied:
+        if error.errno is None or (error.errno not in DISK_ERRORS and not is_denied):
             raise
         raise kind(f"{problem}: {os.strerror(error.errno)}.\n  {cure}") from None
