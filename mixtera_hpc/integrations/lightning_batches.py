@@ -66,7 +66,8 @@ class HandedOut:
     def add(self, loss: Any, **which: Any) -> None:
         """Add losses of the current micro-batch; `which` are further arguments of `record`."""
         if self.current is not None:
-            self._losses.append((self.current, loss, which))
+            # Copies: the next micro-batch may use the memory again, as the outputs of a CUDA graph.
+            self._losses.append((self.current, _copied(loss), {name: _copied(part) for name, part in which.items()}))
 
     def end(self, outputs: Any) -> bool:
         """End the micro-batch with what the user's step returned; return whether it was the last one of its batch."""
@@ -82,6 +83,15 @@ class HandedOut:
         for micro_batch, loss, which in losses:
             self._target.record(micro_batch, loss, **which)
         return bool(losses)
+
+
+def _copied(value: Any) -> Any:
+    """Return a value with copies of the tensors that it holds, without their gradients."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    return value
 
 
 class TrainLoader:
