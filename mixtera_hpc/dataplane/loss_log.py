@@ -81,12 +81,26 @@ def _records(path: Path) -> Iterator[tuple[RecordedLosses, int]]:
         step, first, count, checksum = _HEADER.unpack_from(raw, end)
         start = end + _HEADER.size
         end = start + count * _LOSS.itemsize
-        if end > len(raw):
+        if end > len(raw) and not _is_followed(raw, start):
             return
         if count < 0 or checksum != _checksum((step, first, count), raw[start:end]):
             raise DataError(f"{path} is damaged at byte {start - _HEADER.size}.\n  Restore the file, or delete it.")
         means = np.frombuffer(raw, _LOSS, count, start)
         yield RecordedLosses(step=step, first=first, means=means), end
+
+
+def _is_followed(raw: bytes, start: int) -> bool:
+    """Return True if a whole record begins behind byte `start`.
+
+    The record before it was not cut short then: its number of sequences is damaged.
+    """
+    for position in range(start, len(raw) - _HEADER.size + 1, _LOSS.itemsize):
+        step, first, count, checksum = _HEADER.unpack_from(raw, position)
+        begin = position + _HEADER.size
+        end = begin + count * _LOSS.itemsize
+        if begin < end <= len(raw) and checksum == _checksum((step, first, count), raw[begin:end]):
+            return True
+    return False
 
 
 def _checksum(facts: tuple[int, int, int], content: bytes) -> int:

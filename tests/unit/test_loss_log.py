@@ -15,6 +15,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.loss_log import LossLog, read_losses
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.testing.thread_ranks import run_ranks
 
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2"]
@@ -250,6 +251,25 @@ def test_a_log_that_was_cut_short_loses_its_last_step_only(tmp_path: Path) -> No
         log.write(7, np.arange(2), np.zeros(2, np.float32))
         log.close()
         assert [losses.step for losses in read_losses(path)] == [*range(length // size), 7]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 3, 5, 1000, (1 << 31) - 1])
+def test_a_damaged_length_is_not_taken_for_the_end_of_a_log(count: int, tmp_path: Path) -> None:
+    """The next writer would cut off all records behind it."""
+    path = tmp_path / "rank_00000.bin"
+    log = LossLog(path)
+    for step in range(5):
+        log.write(step, np.arange(4), np.full(4, step, np.float32))
+    log.close()
+    whole = path.read_bytes()
+    for record in range(4):
+        place = record * 36 + 12
+        path.write_bytes(whole[:place] + count.to_bytes(4, "little", signed=True) + whole[place + 4 :])
+        with pytest.raises(DataError, match=f"is damaged at byte {record * 36}"):
+            list(read_losses(path))
+        with pytest.raises(DataError, match="is damaged"):
+            LossLog(path).write(7, np.arange(2), np.zeros(2, np.float32))
+        assert path.stat().st_size == len(whole)
 
 
 def test_a_killed_rank_and_a_damaged_log_are_reported(
