@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.thread_ranks import run_ranks
+from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 STEPS = 7
@@ -101,7 +100,7 @@ def run(words: list[str], folder: Path, attempts: list[tuple[int, int]], change_
         for step in zip(*(batches for batches, _ in served), strict=True):
             assert len({len(batch.micro_batches) for batch in step}) == 1
             digests.append([digest for batch in step for digest in batch.digests or []])
-    proof = verify_run(AttemptSources(config), paths, History(paths.journal))
+    proof = verify_run(ServedRun(paths, config))
     assert proof.num_steps == len(digests)
     return digests
 
