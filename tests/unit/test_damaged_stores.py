@@ -1,12 +1,17 @@
 """Damaged files beside the shards: headers of stores, and an index that a build replaces."""
 
+import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import DataError, UserError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.row_store.row_files import RowStoreFiles
@@ -73,6 +78,31 @@ def test_a_header_with_values_that_nobody_writes_is_refused(kind: str, key: str,
         files.header.write_text(json.dumps(header | {key: value}))
         with pytest.raises(DataError, match=r"store\.json is damaged"):
             files.read_header()
+
+
+def test_a_changed_byte_in_a_row_store_is_never_served(tmp_path: Path) -> None:
+    """A frame without a checksum would decode to another text."""
+    (tmp_path / "data").mkdir()
+    lines = b"".join(json.dumps({"text": f"{number * 7919 % 9973:x}" * 9}).encode() + b"\n" for number in range(200))
+    (tmp_path / "data/a.jsonl.gz").write_bytes(gzip.compress(lines))
+    words = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'i.h5'}", "mixture.unit=samples"]
+    words += ["dataplane.global_batch_size=100", "dataplane.workers=0", "dataplane.audit=true", "mixture.max_epochs=1"]
+    config = compose(words)
+    assert main(["index", "build", *words]) == 0
+
+    def served() -> list[list[str] | None]:
+        with DataPlane.open(config, Local()) as plane:
+            return [batch.digests for batch in itertools.islice(plane, 2)]
+
+    expected = served()
+    (rows,) = (tmp_path / "i.h5.rows").glob("rows-*.zst")
+    whole = rows.read_bytes()
+    for position in range(20, len(whole), len(whole) // 12):
+        rows.write_bytes(whole[:position] + bytes([whole[position] ^ 8]) + whole[position + 1 :])
+        try:
+            assert served() == expected, position
+        except UserError as error:
+            assert "i.h5.rows" in str(error)
 
 
 def test_a_build_replaces_an_index_that_is_damaged_anywhere(tmp_path: Path) -> None:

@@ -240,7 +240,8 @@ class _RowWriter:
         self._cache = BlockCache(seek_folders=[seek_folder_of(index.path)])
         self._first_rows = np.concatenate([[0], np.cumsum(index.tables.blocks.rows, dtype=np.int64)])
         self._number = job.first_file + rank
-        self._compress = zstandard.ZstdCompressor().compress
+        # Four bytes per frame, which show damage when a run decodes it.
+        self._compress = zstandard.ZstdCompressor(write_checksum=True).compress
         # Buffered files write everything or raise; a full disk lets a single call write a part.
         self._places = (files.folder / job.header.places).open("r+b")
         self._rows = files.rows(self._number).open("xb")
