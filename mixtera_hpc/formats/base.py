@@ -286,6 +286,14 @@ class Format(Protocol):
         """True if a file of 0 bytes is a valid shard without rows, or if `scan` decides it."""
         ...
 
+    @property
+    def maps_files(self) -> bool:
+        """True if readers map shards into memory.
+
+        A shard that became shorter would end the process, so runs compare it with the index before a read, too.
+        """
+        ...
+
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Split a shard into units that can be scanned independently and together cover every row once."""
         ...

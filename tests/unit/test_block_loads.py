@@ -186,14 +186,14 @@ def test_a_file_is_compared_after_a_read_as_well(source: Source, monkeypatch: py
     with contextlib.closing(DocumentReader(source)) as reader:
         for _ in range(2):
             reader.prepare(documents, [int(documents.wanted.sum())])
-            reader.check_unchanged()
+            reader.comparison.check()
         reader.prepare(documents, [int(documents.wanted.sum())])
         for name in "ab":
             with (Path(source.index.data_root) / f"{name}.bin").open("ab") as file:
                 file.write(b"more")
         for _ in range(2):
             with pytest.raises(DataError, match="has changed while the run reads it"):
-                reader.check_unchanged()
+                reader.comparison.check()
 
 
 def test_every_check_after_a_change_raises(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +201,11 @@ def test_every_check_after_a_change_raises(source: Source, monkeypatch: pytest.M
     documents = some_documents(source)
     with contextlib.closing(DocumentReader(source)) as reader:
         reader.prepare(documents, [int(documents.wanted.sum())])
-        reader.check_unchanged()
+        reader.comparison.check()
         reader.prepare(documents, [int(documents.wanted.sum())])
         (Path(source.index.data_root) / "a.bin").unlink()
         with pytest.raises(DataError, match="has changed while the run reads it"):
-            reader.compare()
+            reader.comparison.compare()
         monkeypatch.setattr(ComparisonPace, "is_due", lambda pace: False)
         with pytest.raises(DataError, match="has changed while the run reads it"):
-            reader.check_unchanged()
+            reader.comparison.check()

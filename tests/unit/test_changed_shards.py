@@ -26,11 +26,11 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading import batch_maker, document_reader
+from mixtera_hpc.dataplane.reading import batch_maker
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.reading.unchanged import comparison_pace, shard_guard
+from mixtera_hpc.dataplane.reading.unchanged import comparison_pace, file_comparison, shard_guard
 from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import MAX_PAUSE_S, ComparisonPace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
@@ -56,6 +56,7 @@ FORMATS: dict[str, tuple[Callable[[Path, Sequence[Row]], list[Path]], list[str]]
         writers.write_tokens,
         ["dataplane.vocab_size=256", "mixture.unit=tokens", "dataplane.seq_len=15", "dataplane.add_eos=false"],
     ),
+    "megatron, samples": (writers.write_tokens, ["dataplane.vocab_size=256"]),
     "text": (writers.write_text, ["data.include=['*.txt']", "data.format=text"]),
 }
 
@@ -178,7 +179,7 @@ def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("another modification time than in the index") == 1
 
 
-@pytest.mark.parametrize("kind", ["megatron", "arrow"])
+@pytest.mark.parametrize("kind", ["megatron", "megatron, samples", "arrow"])
 def test_a_mapped_file_that_was_truncated_before_a_late_read_is_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +228,7 @@ def _slow_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison_pace, "PAUSE_PER_DURATION", MAX_PAUSE_S)
     monkeypatch.setattr(comparison_pace, "LATE_S", 1000.0)
     pace = partial(ComparisonPace, clock=partial(next, itertools.count(1.0)))
-    monkeypatch.setattr(document_reader, "ComparisonPace", pace)
+    monkeypatch.setattr(file_comparison, "ComparisonPace", pace)
 
 
 @pytest.mark.usefixtures("_slow_comparisons")

@@ -117,9 +117,9 @@ class BatchMaker:
         steps and this is the last chunk, the files of earlier reads are compared with the index.
         """
         size = steps_per_read(self._source, self._slice, self._items_per_read, plan)
-        self._reader.pace.every_read = self._compare_every_read or is_last_chunk(self._source, plan)
+        self._reader.comparison.pace.every_read = self._compare_every_read or is_last_chunk(self._source, plan)
         if not steps:
-            self._reader.check_unchanged()
+            self._reader.comparison.check()
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
             planned = PlannedSteps(plan, steps[first : first + size])
@@ -132,9 +132,9 @@ class BatchMaker:
             except MixteraError:
                 self._ahead.forget()
                 # If a file has changed, this explains the error. After a change, its rows may be in memory.
-                self._reader.compare()
+                self._reader.comparison.compare()
                 # Read step by step, so that the steps before the damaged one are served.
-                self._reader.pace.every_read = True
+                self._reader.comparison.pace.every_read = True
                 for content in contents:
                     yield from chain.from_iterable(self._read_unchanged(plan, [content]))
             else:
@@ -166,7 +166,7 @@ class BatchMaker:
     ) -> Iterator[Iterable[Batch]]:
         """Yield the batches of consecutive steps in groups, unless a shard that was read has changed."""
         for batches in self._read_steps(plan, steps, found):
-            self._reader.check_unchanged()
+            self._reader.comparison.check()
             yield batches
 
     def _read_steps(

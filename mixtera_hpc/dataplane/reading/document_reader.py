@@ -18,10 +18,8 @@ from mixtera_hpc.dataplane.reading.step_sequences import StepContent
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import ReadTokens, TokenGather, TokenWriter, empty_tokens
 from mixtera_hpc.dataplane.reading.texts.text_gather import TextGather, row_keys
-from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import ComparisonPace
-from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
+from mixtera_hpc.dataplane.reading.unchanged.file_comparison import FileComparison
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
-from mixtera_hpc.errors import DataError
 
 __all__ = ["DocumentReader", "RawSamples", "take"]
 
@@ -106,16 +104,11 @@ class DocumentReader:
             window_share: part of the rows of each window that are read.
         """
         self._source = source
-        index = source.index
-        self._guard = ShardGuard(
-            index.data_root, index.shard_paths, source.tables.shard_states, source.memory.shard_stamps
-        )
-        self._rows = RowReader(source, self._guard, streams, window_share)
-        self._rows.compare_before_use = self._compare_before_use
+        self.comparison = FileComparison(source)
+        """The comparison of the files that are read."""
+        self._rows = RowReader(source, self.comparison, streams, window_share)
         self._texts = TextGather(source, self._rows)
-        self._gather = TokenGather(source, self._compare_before_use)
-        self.pace = ComparisonPace()
-        """When files are compared; see `check_unchanged`."""
+        self._gather = TokenGather(source, self.comparison)
 
     @property
     def place(self) -> ReadPlace:
@@ -125,48 +118,6 @@ class DocumentReader:
     @place.setter
     def place(self, place: ReadPlace) -> None:
         self._rows.place = place
-
-    def check_unchanged(self) -> None:
-        """Compare the files that were read if `pace` says so, and always those that were never compared.
-
-        Call it after every read, before its batches are delivered. A call that compares nothing takes 0.2 µs.
-
-        Raises:
-            DataError: a shard that was read, or a token or row store, has changed.
-        """
-        if self.pace.is_due():
-            self.compare()
-        elif self._guard.has_read_new:
-            self._explain(self._guard.check_new)
-
-    def compare(self) -> None:
-        """Compare the files that were read, and all stores; see `check_unchanged`."""
-        self._explain(partial(self.pace.measure, self._compare_all))
-
-    def _compare_before_use(self, shards: NDArray[np.integer[Any]]) -> None:
-        """Record that mapped shards are read next, and compare them first if the last comparison was long ago.
-
-        Without it, a file that became shorter would end the process. The comparison after the read stays due.
-        """
-        self._guard.use(shards)
-        if self.pace.is_late():
-            self._explain(partial(self.pace.measure, self._compare_all, is_before_read=True))
-            self._guard.use(shards)
-
-    def _explain(self, compare: Callable[[], None]) -> None:
-        """Call `compare`; if it finds a change, say which batches may hold changed data."""
-        try:
-            compare()
-        except DataError as error:
-            # The guard raises its first error again.
-            if not hasattr(error, "__notes__"):
-                error.add_note(self.pace.exposure())
-            raise
-
-    def _compare_all(self) -> None:
-        self._guard.check()
-        self._rows.formats.check_unchanged()
-        self._gather.check_unchanged()
 
     @property
     def holds_all_tokens(self) -> bool:
@@ -189,9 +140,9 @@ class DocumentReader:
 
         The shards of the others do not count as read before `use_again`.
         """
-        with self._guard.without_record():
+        with self.comparison.without_record():
             sequences = self.sequences(documents, batches)
-        self._guard.use(sequences.shards_of(range(num_due)))
+        self.comparison.use(sequences.shards_of(range(num_due)))
         return sequences
 
     def use_again(self, shards: NDArray[np.integer[Any]], step: int) -> None:
@@ -203,7 +154,7 @@ class DocumentReader:
         self.place.begin(step)
         self.place.enter(READ)
         if len(shards):
-            self._compare_before_use(shards)
+            self.comparison.use_mapped(shards)
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents, ready to be copied; see `TokenGather.prepare`."""
@@ -245,10 +196,10 @@ class DocumentReader:
         """
         self.place.enter(READ)
         if len(encoded.shards):
-            self._compare_before_use(encoded.shards)
+            self.comparison.use_mapped(encoded.shards)
         samples = self._rows.decode(encoded.decode, groups, documents_of)
         if len(encoded.shards):
-            self.check_unchanged()
+            self.comparison.check()
         self.place.enter(PACK)
         return samples
 

@@ -40,6 +40,7 @@ class ArrowFormat:
     name: str = "arrow"
     holds_tokens: bool = False
     may_be_empty: bool = False
+    maps_files: bool = True
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:

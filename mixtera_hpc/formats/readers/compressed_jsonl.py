@@ -44,6 +44,7 @@ class CompressedJsonlFormat:
 
     holds_tokens = False
     may_be_empty = False
+    maps_files = False
 
     def __init__(self, name: str, codec: Codec) -> None:
         self.name = name

@@ -36,6 +36,7 @@ class JsonArrayFormat:
     name: str = "json"
     holds_tokens: bool = False
     may_be_empty: bool = False
+    maps_files: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole file as one unit."""

@@ -51,6 +51,7 @@ class JsonlFormat:
     name: str = "jsonl"
     holds_tokens: bool = False
     may_be_empty: bool = True
+    maps_files: bool = False
     unit_bytes: int = UNIT_BYTES
     segment_bytes: int = SEGMENT_BYTES
 

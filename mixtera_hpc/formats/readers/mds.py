@@ -45,6 +45,7 @@ class MdsFormat:
     name: str = "mds"
     holds_tokens: bool = False
     may_be_empty: bool = False
+    maps_files: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole shard as one unit: usually it has 64 MiB."""

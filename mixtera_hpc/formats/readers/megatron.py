@@ -48,6 +48,7 @@ class MegatronFormat:
     name: str = "megatron"
     holds_tokens: bool = True
     may_be_empty: bool = True
+    maps_files: bool = True
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
@@ -312,11 +313,11 @@ class MegatronReader:
         raise DataError(f"{self._path} holds token ids instead of texts.")
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return `{"tokens": ids}` for every named document; see `ShardReader`."""
+        """Return `{"tokens": ids}` for every named document, with ids outside of the file; see `ShardReader`."""
         documents = self.tokens(block, rows)
         if [ids.nbytes for ids in documents] != lengths[rows].tolist():
             raise shard_changed_error(self._path, block, "its documents have other lengths")
-        return [{"tokens": ids} for ids in documents]
+        return [{"tokens": np.array(ids)} for ids in documents]
 
     def close(self) -> None:
         """Do nothing: mapped memory is released together with the last view of it."""

@@ -48,6 +48,7 @@ class ParquetFormat:
     name: str = "parquet"
     holds_tokens: bool = False
     may_be_empty: bool = False
+    maps_files: bool = False
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:

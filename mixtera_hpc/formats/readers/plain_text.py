@@ -29,6 +29,7 @@ class PlainTextFormat:
     name: str = "text"
     holds_tokens: bool = False
     may_be_empty: bool = True
+    maps_files: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole file as one unit."""

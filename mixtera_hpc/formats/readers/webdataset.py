@@ -50,6 +50,7 @@ class WebDatasetFormat:
     name: str = "webdataset"
     holds_tokens: bool = False
     may_be_empty: bool = False
+    maps_files: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole archive as one unit: headers can only be found one after the other."""

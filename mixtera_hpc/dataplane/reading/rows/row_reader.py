@@ -25,7 +25,7 @@ from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER, ROWS, ShardKinds
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
-from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
+from mixtera_hpc.dataplane.reading.unchanged.file_comparison import FileComparison
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, GroupReader, RangeReader, RowDecoder, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
@@ -35,13 +35,12 @@ from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
 from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
+from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["RowReader"]
 
 logger = logging.getLogger("mixtera_hpc")
 
-MAPPED_FORMAT = "arrow"
-"""The format whose readers return views of mapped files."""
 TEXTS_AT_ONCE = 32
 """Rows in one group of reads if their texts are decoded: their bytes are still in the second cache of a core."""
 
@@ -50,22 +49,24 @@ class RowReader:
     """Open shards, and rows of blocks that were decoded as a whole. One per reading thread."""
 
     def __init__(
-        self, source: Source, guard: ShardGuard, streams: DomainStreams | None = None, window_share: float = 1.0
+        self,
+        source: Source,
+        comparison: FileComparison,
+        streams: DomainStreams | None = None,
+        window_share: float = 1.0,
     ) -> None:
-        """Open nothing yet; shards are opened when they are needed, and recorded in `guard`.
+        """Open nothing yet; shards are opened when they are needed.
 
         Args:
             source: the data.
-            guard: notices shards that change.
+            comparison: notices shards that change.
             streams: the streams whose documents are read; None if few are read.
             window_share: part of the rows of each window that are read.
         """
         self._source = source
         self._streams = streams
         self._window_share = window_share
-        self._guard = guard
-        self.compare_before_use: Callable[[NDArray[np.int32]], None] = guard.use
-        """Called with the mapped shards whose rows are decoded next; see `DocumentReader`."""
+        self._comparison = comparison
         self.place = ReadPlace()
         """The place of this reader in the data, for the watchdog."""
         index = source.index
@@ -75,7 +76,7 @@ class RowReader:
         self._files = RowFiles(index.data_root, index.shard_paths, self._max_open_shards)
         self._kinds = ShardKinds(index.shard_formats, index.shard_texts)
         self._paths = ShardPaths(index.data_root, index.shard_paths)
-        self.formats = ShardFormats(source)
+        self._formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
         """Class of a reader → True if it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
@@ -139,11 +140,11 @@ class RowReader:
             shards = self._source.blocks.shard[documents.block]
             self._log_another_read(shards, error)
         # A change explains the error, if the last check compared nothing.
-        self._guard.check()
+        self._comparison.compare()
         # The readers of the shards name the shard that is damaged, as for other rows.
         disk_order = np.lexsort((documents.row, documents.block))
         samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=raw)
-        self._guard.check()
+        self._comparison.compare()
         return [samples[i] for i in np.argsort(disk_order).tolist()]
 
     def close(self) -> None:
@@ -204,11 +205,11 @@ class RowReader:
 
         Raw samples stay bytes. Texts are decoded at once, while they are in the cache.
         """
-        self._guard.use(shards)
+        self._comparison.use(shards)
         mapped = NOT_MAPPED if self._mapped is None else self._mapped.find(documents, shards, self.place)
         texts: list[Any] = []
         if len(mapped.chosen) and not raw:
-            self.compare_before_use(shards)
+            self._comparison.use_mapped(shards)
             texts = mapped.texts(decoder, TEXTS_AT_ONCE)
         # Rows in mapped memory, then all others.
         rows: list[Any] = []
@@ -361,15 +362,15 @@ class RowReader:
 
     def _shard(self, number: int) -> ReadableShard:
         """Return an open shard; the one that was not used for longest is closed when there are too many."""
-        self._guard.use(number)
-        if self._source.index.shard_formats[number] == MAPPED_FORMAT:
-            self.compare_before_use(np.array([number], np.int32))
+        self._comparison.use(number)
+        if load_format(self._source.index.shard_formats[number]).maps_files:
+            self._comparison.use_mapped(np.array([number], np.int32))
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
 
         index = self._source.index
-        fmt = self.formats.of(number)
+        fmt = self._formats.of(number)
         path = self._paths.get(number)
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None

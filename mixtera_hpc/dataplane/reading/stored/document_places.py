@@ -84,11 +84,6 @@ class DocumentPlaces:
         """Mask of the blocks that are stored as token ids in their shard, and not in a token store."""
         return self._is_stored & (self._file_of_block < self._num_shards)
 
-    def check_unchanged(self) -> None:
-        """Raise DataError if a token store was written again since the run began."""
-        if self._store_rows is not None:
-            self._store_rows.check_unchanged()
-
     def locate(self, documents: Documents) -> Places:
         """Return the places of documents, all of which are stored as token ids.
 

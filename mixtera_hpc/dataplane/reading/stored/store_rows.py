@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import map_array
-from mixtera_hpc.dataplane.reading.unchanged.store_watch import StoreWatch
 from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["StoreRows"]
@@ -29,13 +28,9 @@ class StoreRows:
             source: the data.
             file_of_block: the shard of each block; shape (num_blocks,). Changed in place: a block of text whose tokens
                 are in a store gets the number of the store's file. These numbers follow those of the shards.
-
-        Raises:
-            DataError: a store has changed since rank 0 checked it.
         """
         self._stores = source.index.token_stores
         self._first_rows: Ints = np.append(0, np.cumsum(source.blocks.rows, dtype=np.int64))
-        self._watches = [StoreWatch(store) for store in self._stores]
         self._starts = [map_array(Path(store.starts), np.dtype("<i8")) for store in self._stores]
         formats = source.index.shard_formats
         holds_text = {name: not load_format(name).holds_tokens for name in set(formats)}
@@ -44,11 +39,6 @@ class StoreRows:
         for number, store in enumerate(self._stores):
             of_store = slice(store.first_block, store.last_block)
             file_of_block[of_store][is_text[of_store]] = self._num_shards + number
-
-    def check_unchanged(self) -> None:
-        """Raise DataError if a store was written again."""
-        for watch in self._watches:
-            watch.check()
 
     def starts(self, documents: Documents, file: NDArray[np.int32]) -> Ints:
         """Return the first token, in the file of its store, of documents that stores hold; shape (n,)."""

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import map_array
-from mixtera_hpc.dataplane.reading.unchanged.row_store_watch import RowStoreWatch
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef, Format, ScanSpec
 from mixtera_hpc.formats.batching.json_payloads import decode_payload
@@ -48,19 +47,13 @@ class ShardFormats:
         """Map the places of all rows; nothing is read yet.
 
         Raises:
-            DataError: a store cannot be read, or has changed since rank 0 has checked it.
+            DataError: a store cannot be read.
         """
         self._source = source
         self._stores = source.index.row_stores
-        self._watches = [RowStoreWatch(store) for store in self._stores]
         self._places = [map_array(Path(store.places), np.dtype("<i8")).reshape(-1, 2) for store in self._stores]
         if self._stores:
             self._first_rows = np.concatenate([[0], np.cumsum(source.blocks.rows, dtype=np.int64)])
-
-    def check_unchanged(self) -> None:
-        """Raise DataError if a store was written again."""
-        for watch in self._watches:
-            watch.check()
 
     def of(self, shard: int) -> Format:
         """Return the format that opens a shard."""

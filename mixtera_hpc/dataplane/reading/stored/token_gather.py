@@ -5,7 +5,7 @@ tokens are wanted, and copy them, output by output (`token_copy`).
 Price: about 0.05 µs per document beside the copy, however many shards the documents lie in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,6 +18,7 @@ from mixtera_hpc.dataplane.reading.stored.block_loads import BlockLoads
 from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces, Places
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
 from mixtera_hpc.dataplane.reading.stored.token_copy import NO_SHARD, TokenCopies
+from mixtera_hpc.dataplane.reading.unchanged.file_comparison import FileComparison
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -44,15 +45,15 @@ class TokenWriter(Protocol):
 class TokenGather:
     """Reads documents that are stored as token ids. Not thread-safe: one per reading thread."""
 
-    def __init__(self, source: Source, compare_before_use: Callable[[NDArray[np.integer[Any]]], None]) -> None:
+    def __init__(self, source: Source, comparison: FileComparison) -> None:
         """Map nothing yet; shards are mapped when they are needed.
 
         Args:
             source: the data.
-            compare_before_use: called with the mapped shards that are read next; see `DocumentReader`.
+            comparison: compares mapped shards before they are read.
         """
         self._source = source
-        self._compare_before_use = compare_before_use
+        self._comparison = comparison
         self._is_stored = blocks_with_tokens(source)
         self.holds_all = bool(self._is_stored.all())
         """True if all blocks of the index are stored as token ids."""
@@ -65,10 +66,6 @@ class TokenGather:
     def is_stored(self, documents: Documents) -> NDArray[np.bool_]:
         """Return which documents are stored as token ids; shape (n,)."""
         return self._is_stored[documents.block]
-
-    def check_unchanged(self) -> None:
-        """Raise DataError if a token store was written again since the run began."""
-        self._places.check_unchanged()
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents that are all stored, special tokens included, ready to be copied.
@@ -88,7 +85,7 @@ class TokenGather:
         places = self._places.locate(documents)
         files = self._files.distinct(places.file)
         shards = files[files < self._num_shards]
-        self._compare_before_use(shards)
+        self._comparison.use_mapped(shards)
         if len(files) <= MAX_MAPPED_FILES:
             types = self._files.map(files)
             # Each integer type has an array of its own.
