@@ -34,7 +34,7 @@ from mixtera_hpc.training.model import build_model
 
 LEARNING_RATE = 1e-4
 SECONDS_PER_SIZE = 150
-"""After this time, no more rounds of a model begin; two are measured always."""
+"""After this time, no more rounds of a model begin. At least two are measured."""
 GPU_ONLY = (
     "tokens/s of models with 125M to 1B parameters",
     "pinned memory and transfers on a stream of their own",
@@ -44,15 +44,10 @@ GPU_ONLY = (
 ADO = [
     "mixture.kind=dynamic",
     "mixture.algorithm.name=ado",
-    *(
-        f"mixture.algorithm.{word}"
-        for word in (
-            # The laws are fitted once before the measured rounds, and again in them.
-            "warmup=4",
-            "refit_interval=10",
-            "first_fitted_step=1",
-        )
-    ),
+    # The laws are fitted once before the measured rounds, and again in them.
+    "mixture.algorithm.warmup=4",
+    "mixture.algorithm.refit_interval=10",
+    "mixture.algorithm.first_fitted_step=1",
 ]
 MIXTURES = {"fixed": [], "ADO": ADO, "ADO, audit": [*ADO, "dataplane.audit=true"]}
 """Name of a plane → its overrides."""
@@ -118,7 +113,7 @@ def main() -> None:
         if not of_size:
             not_run.append(f"the model with {size.name} parameters: the device has too little memory")
         lines += of_size
-        # After each model: what was measured stays if the next one is stopped.
+        # Write after each model, so that its results remain if the next one is stopped.
         write_results("gpu", {"device": _device_name(device), "lines": lines, "not_run": not_run})
     for text in not_run:
         print(f"Not run: {text}.")
@@ -132,7 +127,7 @@ def _lines_that_fit(settings: list[str], size: ModelSize, device: torch.device) 
             return list(_lines(settings, replace(size, batch_size=batch_size), device))
         except torch.OutOfMemoryError:
             print(f"A batch of {batch_size} does not fit into the memory of the device.")
-        # Behind the handler: the error refers to the frames that hold the model.
+        # After the handler, because the error refers to the frames that hold the model.
         torch.cuda.empty_cache()
         batch_size //= 2
     return []

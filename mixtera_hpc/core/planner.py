@@ -47,7 +47,7 @@ fewer sequences serves them.
 """
 Ints = NDArray[np.int64]
 PLANS_IN_MEMORY = 16
-"""Plans whose segments stay in memory: some plans are expanded before they arrive."""
+"""Plans whose segments stay in memory: a reader may expand eight plans before they arrive."""
 _DIGEST_PLACE = np.zeros(1, np.int64)
 """The last element of a plan's buffer, before the digest is known."""
 
@@ -97,9 +97,9 @@ class ChunkPlan:
 
     def is_equal(self, other: "ChunkPlan") -> bool:
         """Return True if both plans have the same content."""
-        if self is other or self.chunk != other.chunk:
-            return self is other
-        return np.array_equal(self._without_digest(), other._without_digest())
+        if self is other:
+            return True
+        return self.chunk == other.chunk and np.array_equal(self._without_digest(), other._without_digest())
 
     def _without_digest(self) -> Ints:
         """Return the buffer of `to_array` with 0 in place of the digest."""
@@ -177,7 +177,7 @@ class Planner:
     _newest: deque[tuple[ChunkPlan, list[_Segment]]] = field(
         default_factory=lambda: deque(maxlen=PLANS_IN_MEMORY), init=False, repr=False, compare=False
     )
-    """The plans that were expanded last and their segments: every rank needs them twice, in two threads."""
+    """The newest expanded plans and their segments: every rank needs each of them twice, in two threads."""
 
     # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
@@ -304,8 +304,8 @@ class Planner:
             if exhausted.any() and (weights[~exhausted] > 0).any():
                 return _redistribute(start, exhausted)
             return start
-        # A domain that was dropped cannot serve what it lags behind. Where the data end, another one has to: the slots
-        # until then are counted from the lags.
+        # A dropped domain may lag behind its share, but has no sequence left for it. The slots up to the end of the data
+        # are computed from the lags, so the other domains take its lag.
         gone = (start.weights == 0) & (state.lags > 0) & (state.cursors >= self.capacity)
         if gone.any() and self.capacity[start.weights > 0].min() < self.UNLIMITED:
             return _SegmentStart(_without_lags(start.lags, gone, start.weights), start.weights)
@@ -368,7 +368,7 @@ def _redistribute(start: _SegmentStart, exhausted: NDArray[np.bool_]) -> _Segmen
 
 
 def _without_lags(lags: Ints, gone: NDArray[np.bool_], weights: Ints) -> Ints:
-    """Return lags that are 0 in the domains of `gone`; the others take their lags, in proportion to their weights."""
+    """Return `lags` with 0 for the domains of `gone`; the others take their lags, in proportion to `weights`."""
     # Floor every part of the lag and give the remainder to the largest weight, so that the lags still sum to 0.
     freed_lag = int(lags[gone].sum())
     extra_lag = np.floor(weights * (freed_lag / UNIT)).astype(np.int64)

@@ -5,8 +5,8 @@ them is checked:
 
 - `HostWaits`: the operation makes the host wait for the device (`item`, a boolean mask as index, a copy from or to
   memory that is not pinned).
-- `Race`: a stream uses what another stream writes, without waiting for it; or pinned memory is changed before the
-  transfer has read it.
+- `Race`: a stream uses what another stream writes, or writes what another stream reads, without waiting for it; or
+  pinned memory is changed before the transfer has read it.
 
 Copies to the host arrive when an event behind them is waited for; before that, the memory holds garbage. So a host that
 reads too early gets wrong numbers.
@@ -99,7 +99,8 @@ class Memory:
         self.owner = stream
         self.known = {stream}
         """Streams that the allocator waits for before it uses the memory again."""
-        self.users: set[Stream] = set()
+        self.users: dict[Stream, int] = {}
+        """Stream → time of its newest operation on the memory."""
         self.written = (stream, 0)
 
     def use(self, stream: Stream, *, writes: bool) -> None:
@@ -107,7 +108,9 @@ class Memory:
         writer, time = self.written
         if stream.clock.get(writer, -1) < time:
             raise Race("a stream uses memory that another one writes, without waiting for it")
-        self.users.add(stream)
+        if writes and any(stream.clock.get(user, -1) < time for user, time in self.users.items()):
+            raise Race("a stream writes memory that another one uses, without waiting for it")
+        self.users[stream] = stream.clock[stream]
         if writes:
             self.written = (stream, stream.clock[stream])
 
@@ -166,7 +169,7 @@ class SimulatedCuda(TorchFunctionMode):
     def check_frees(self) -> None:
         """Raise `Race` if memory could be used again while a stream still uses it."""
         for memory in self._memories:
-            if not memory.users <= memory.known:
+            if not memory.users.keys() <= memory.known:
                 raise Race("memory of another stream was used without record_stream")
 
     @contextmanager

@@ -96,6 +96,22 @@ def test_losses_of_several_streams_are_added_in_order(cuda: SimulatedCuda) -> No
     assert (recorded.total() == expected(batch, losses)).all()
 
 
+def test_a_stream_may_use_the_memory_of_losses_again_that_it_recorded(cuda: SimulatedCuda) -> None:  # noqa: F811
+    batch, losses = batch_of(4), losses_of(4)
+    counts = torch.from_numpy(batch.loss_mask.sum(axis=1))
+    recorded, sums = StepLosses(batch, K), StepLosses(batch, K)
+    halves = [(slice(0, 4), torch.cuda.current_stream()), (slice(4, 8), torch.cuda.Stream())]
+    for rows, stream in halves:
+        with torch.cuda.stream(stream):
+            buffers = [cuda.tensor(losses[rows]), cuda.tensor(torch.ones(4)), cuda.tensor(counts[rows])]
+            recorded.add(buffers[0], rows, None, None)
+            sums.add(buffers[1], rows, None, buffers[2])
+            for buffer in buffers:
+                buffer.zero_()  # As the next replay of a CUDA graph may do.
+    assert (recorded.total() == expected(batch, losses)).all()
+    assert sums.total()[0].any()
+
+
 def test_scalars_are_those_of_their_step_although_the_trainer_uses_their_memory_again(
     cuda: SimulatedCuda,  # noqa: F811
 ) -> None:
@@ -205,3 +221,10 @@ def test_the_simulation_finds_what_waits_and_what_races(cuda: SimulatedCuda) -> 
             wait()
     with torch.cuda.stream(Stream()), pytest.raises(Race):
         tensor + 1
+    other = Stream()
+    other.wait_stream(cuda.current)
+    with torch.cuda.stream(other):
+        tensor + 1
+    with pytest.raises(Race):
+        tensor.zero_()
+    tensor.record_stream(other)

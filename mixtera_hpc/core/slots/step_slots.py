@@ -27,7 +27,7 @@ class StepSlots:
 
     @classmethod
     def joined(cls, parts: Sequence["StepSlots"]) -> "StepSlots":
-        """Join several results, of which the first may be the only one."""
+        """Join the steps of one or more chunks."""
         if len(parts) == 1:
             return parts[0]
         together = joined_slots([part.together for part in parts])

@@ -89,6 +89,10 @@ class DeviceSums:
         """
         losses = losses.to(self._device, non_blocking=self._is_cuda)
         claimed = None if claimed is None else claimed.to(self._device, non_blocking=self._is_cuda)
+        if self._is_other_stream:
+            # The current stream does not wait for the sums, and may use this memory again before they have read it.
+            losses = losses.clone()
+            claimed = None if claimed is None else claimed.clone()
         with self._in_order(losses, claimed):
             self._add(rows, losses, mask, counted, claimed)
 
@@ -176,14 +180,18 @@ class DeviceSums:
         """Return a context whose operations follow those of the current stream and all earlier ones of this object."""
         if self._stream is None:
             return nullcontext()
-        current = torch.cuda.current_stream(self._device)
-        if current != self._stream:
-            self._stream.wait_stream(current)
+        if self._is_other_stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             for tensor in inputs:
                 if tensor is not None:
                     tensor.record_stream(self._stream)
         context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
         return context
+
+    @property
+    def _is_other_stream(self) -> bool:
+        """True if the current stream is not that of the sums."""
+        return self._stream is not None and torch.cuda.current_stream(self._device) != self._stream
 
     @property
     def _is_cuda(self) -> bool:
