@@ -304,8 +304,8 @@ class Planner:
             if exhausted.any() and (weights[~exhausted] > 0).any():
                 return _redistribute(start, exhausted)
             return start
-        # A dropped domain may lag behind its share, but has no sequence left for it. The slots up to the end of the data
-        # are computed from the lags, so the other domains take its lag.
+        # A dropped domain may lag behind its share, but has no sequence left for it. The number of slots up to the end
+        # of the data follows from the lags, so the other domains take this lag.
         gone = (start.weights == 0) & (state.lags > 0) & (state.cursors >= self.capacity)
         if gone.any() and self.capacity[start.weights > 0].min() < self.UNLIMITED:
             return _SegmentStart(_without_lags(start.lags, gone, start.weights), start.weights)

@@ -99,7 +99,7 @@ def served(
     num_ahead = 0
     with at_most(max_chunks), closing(BatchMaker(source, batch_slice, audit=True)) as maker:
         for plan in plans_of(source, weights):
-            num_ahead += len(maker._ahead._found) > 0
+            num_ahead += len(maker._ahead._lookups) > 0
             contents += [content(batch) for batch in maker.batches(plan, first_step)]
     return contents, num_ahead
 
@@ -190,7 +190,7 @@ def test_more_and_more_chunks_are_looked_up_while_weights_stay(plain: dict[str, 
     with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
         for plan in plans_of(source, [source.weights] * 18 + [other] * 3):
             list(maker.batches(plan, 0))
-            lengths.append(len(maker._ahead._found))
+            lengths.append(len(maker._ahead._lookups))
     # One chunk, then two, four, and eight. What was expected of the chunk with other weights is dropped.
     assert lengths == [0, 1, 0, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 0, 1, 0]
 
@@ -208,7 +208,7 @@ def test_no_more_is_looked_up_than_one_read_may_hold(plain: dict[str, Any], monk
         maker._items_per_read = 5 * BATCH * (SEQ_LEN + 1)
         for plan in plans_of(source, [source.weights] * 9):
             list(maker.batches(plan, 0))
-            assert len(maker._ahead._found) <= 1
+            assert len(maker._ahead._lookups) <= 1
 
 
 def test_nothing_is_looked_up_after_the_last_step_of_the_run(tokens: list[str]) -> None:
@@ -216,7 +216,7 @@ def test_nothing_is_looked_up_after_the_last_step_of_the_run(tokens: list[str]) 
     with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
         for plan in plans_of(source, [source.weights] * 6):
             list(maker.batches(plan, 0))
-            assert all(found.planned.steps.start <= 10 for found in maker._ahead._found)
+            assert all(lookup.planned.steps.start <= 10 for lookup in maker._ahead._lookups)
 
 
 def test_batches_are_written_to_the_memory_that_they_get_when_they_are_served(plain: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ def test_a_process_that_serves_some_steps_of_a_chunk_looks_up_these_only(plain: 
             assert [content(batch) for batch in maker.batches_of(plan, steps)] == [
                 own for own in expected if own[0] in steps
             ]
-            assert not maker._ahead._found
+            assert not maker._ahead._lookups
 
 
 def test_what_was_looked_up_is_not_used_for_a_part_of_the_chunk(plain: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ def test_what_was_looked_up_is_not_used_for_a_part_of_the_chunk(plain: dict[str,
     with closing(BatchMaker(source, BatchSlice(), audit=True)) as maker:
         for plan in plans[:2]:
             list(maker.batches(plan, 0))
-        assert maker._ahead._found
+        assert maker._ahead._lookups
         assert [content(batch) for batch in maker.batches_of(plans[2], range(9, 11))] == expected[9:11]
 
 

@@ -18,7 +18,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
-from mixtera_hpc.dataplane.reading.lookup.steps_ahead import FoundSteps, StepsAhead, documents_of_steps
+from mixtera_hpc.dataplane.reading.lookup.steps_ahead import StepLookup, StepsAhead, documents_of_steps
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.packing.sequences_of_steps import PlannedSteps, SequencesOfSteps
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays, keep_freed_memory
@@ -123,9 +123,9 @@ class BatchMaker:
         for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
             planned = PlannedSteps(plan, steps[first : first + size])
-            found = self._ahead.take(planned, size)
-            contents = found.contents if found is not None else self._contents.of([planned])
-            groups = self._read_unchanged(plan, contents, found)
+            lookup = self._ahead.take(planned, size)
+            contents = lookup.contents if lookup is not None else self._contents.of([planned])
+            groups = self._read_unchanged(plan, contents, lookup)
             try:
                 # All documents are read before the first batch.
                 batches = next(groups)
@@ -162,30 +162,30 @@ class BatchMaker:
         return self._plan_digest[1]
 
     def _read_unchanged(
-        self, plan: ChunkPlan, steps: list[StepContent], found: FoundSteps | None = None
+        self, plan: ChunkPlan, steps: list[StepContent], lookup: StepLookup | None = None
     ) -> Iterator[Iterable[Batch]]:
         """Yield the batches of consecutive steps in groups, unless a shard that was read has changed."""
-        for batches in self._read_steps(plan, steps, found):
+        for batches in self._read_steps(plan, steps, lookup):
             self._reader.comparison.check()
             yield batches
 
     def _read_steps(
-        self, plan: ChunkPlan, steps: list[StepContent], found: FoundSteps | None
+        self, plan: ChunkPlan, steps: list[StepContent], lookup: StepLookup | None
     ) -> Iterable[Iterable[Batch]]:
         """Return groups of the batches of consecutive steps, whose documents are read together.
 
         Args:
             plan: the plan of the steps.
             steps: the content of the steps.
-            found: what was looked up of them; None if nothing was.
+            lookup: the look-up of the steps; None if they are to be looked up here.
         """
         if not any(content.num_sequences for content in steps):
             return [[self._padding(plan, content) for content in steps]]
-        documents = documents_of_steps(self._documents, steps) if found is None else found.documents
+        documents = documents_of_steps(self._documents, steps) if lookup is None else lookup.documents
         if not self._source.layout.in_tokens:
             return [self._sample_batches(plan, steps, documents, self._reader.samples(documents))]
-        if found is not None and found.sequences is not None:
-            return self._token_batches(plan, steps, found.sequences, found.first)
+        if lookup is not None and lookup.sequences is not None:
+            return self._token_batches(plan, steps, lookup.sequences, lookup.first)
         return self._token_batches(plan, steps, self._reader.sequences(documents, steps), 0)
 
     def _token_batches(

@@ -1,10 +1,12 @@
 """Look up the steps of several chunks together, before the plans of the later ones have arrived.
 
-While the weights stay the same, a plan follows from the one before it. What is looked up for an expected plan is used
-if the plan that arrives is equal, and dropped if not, so nothing depends on it. A look-up is about 200 numpy calls,
-which take as long for one chunk of few sequences as for eight.
-Of stored tokens, the places in the files are found as well. An error in them is raised by a look-up of the chunk alone.
-Text is not looked up ahead, because its tokens are made where it is read.
+While the weights stay the same, a plan follows from the one before it. The look-up of an expected plan is used only if
+the plan that arrives is equal, so the batches do not depend on it. Price: a look-up is about 200 numpy calls, which
+take as long for eight chunks of few sequences as for one.
+
+A look-up of stored tokens includes their places in the files. If a look-up of several chunks fails, the first of them
+is looked up alone, so that an error is raised at its own step. Text is not looked up ahead, because it is tokenized
+when it is read.
 """
 
 from collections import deque
@@ -23,27 +25,27 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, is_last_chunk, training_steps_of
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 
-__all__ = ["FoundSteps", "StepsAhead", "documents_of_steps"]
+__all__ = ["StepLookup", "StepsAhead", "documents_of_steps"]
 
 MAX_CHUNKS = 8
 """Chunks that are looked up together, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundSteps:
-    """Steps of one plan whose documents were looked up."""
+class StepLookup:
+    """The look-up of steps of one plan: their sequences and documents."""
 
     planned: PlannedSteps
     contents: list[StepContent]
     documents: Documents
     sequences: StoredSequences | None
-    """Of stored tokens, the sequences of these steps and others."""
+    """The sequences of all steps that were looked up together, if tokens are stored; None for samples."""
     first: int
     """Number of the first step among the batches of `sequences`."""
 
 
 class StepsAhead:
-    """The steps of the next chunks. Not thread-safe."""
+    """Looks up the steps of the next chunks. Not thread-safe."""
 
     def __init__(
         self, source: Source, contents: SequencesOfSteps, documents: SequenceDocuments, reader: DocumentReader
@@ -54,33 +56,34 @@ class StepsAhead:
         self._documents = documents
         self._reader = reader
         self._can_look_ahead = not source.layout.in_tokens or reader.holds_all_tokens
-        self._found: deque[FoundSteps] = deque()
+        self._lookups: deque[StepLookup] = deque()
+        """The steps of the chunks that are expected next, in order."""
         self._newest: ChunkPlan | None = None
         """The plan that was served last."""
         self._num_chunks = 1
         """Chunks that were looked up together the last time."""
 
-    def take(self, planned: PlannedSteps, max_steps: int) -> FoundSteps | None:
-        """Return what is known of steps that are served now, or looked up with those of the next chunks.
+    def take(self, planned: PlannedSteps, max_steps: int) -> StepLookup | None:
+        """Return the look-up of steps: from an earlier call, or made now together with those of the next chunks.
 
         Args:
-            planned: the steps.
+            planned: the steps that are served now.
             max_steps: steps that may be looked up together.
 
         Returns:
-            None if these steps are to be looked up alone.
+            None if the caller has to look up these steps alone.
         """
         newest = self._newest
         self._newest = planned.plan
-        if self._found:
-            found = self._found.popleft()
-            if found.planned.steps == planned.steps and found.planned.plan.is_equal(planned.plan):
-                return found
-            self._found.clear()
+        if self._lookups:
+            lookup = self._lookups.popleft()
+            if lookup.planned.steps == planned.steps and lookup.planned.plan.is_equal(planned.plan):
+                return lookup
+            self._lookups.clear()
         if not self._can_look_ahead or planned.steps != training_steps_of(self._source, planned.plan, 0):
             # Another process serves some steps of the chunk, or the run continues inside of it.
             return None
-        is_steady = newest is not None and _has_next(newest, planned.plan)
+        is_steady = newest is not None and _is_next(planned.plan, newest)
         self._num_chunks = min(2 * self._num_chunks, MAX_CHUNKS) if is_steady else 1
         num_chunks = min(self._num_chunks, max_steps // len(planned.steps))
         if num_chunks < 2:
@@ -88,14 +91,14 @@ class StepsAhead:
         try:
             self._look_up(self._expected(planned, num_chunks))
         except Exception:
-            # Of any kind: it is raised again when its own chunk is looked up.
+            # Any error is raised again when its own chunk is looked up.
             self.forget()
             return None
-        return self._found.popleft()
+        return self._lookups.popleft()
 
     def forget(self) -> None:
-        """Drop all steps of later chunks."""
-        self._found.clear()
+        """Drop all look-ups of later chunks."""
+        self._lookups.clear()
         self._num_chunks = 1
 
     def _expected(self, planned: PlannedSteps, count: int) -> list[PlannedSteps]:
@@ -123,8 +126,8 @@ class StepsAhead:
                 count = sum(content.num_sequences for content in own)
                 own_documents = documents.select(slice(first_document, first_document + count))
                 first_document += count
-            self._found.append(
-                FoundSteps(planned=planned, contents=own, documents=own_documents, sequences=sequences, first=begin)
+            self._lookups.append(
+                StepLookup(planned=planned, contents=own, documents=own_documents, sequences=sequences, first=begin)
             )
 
 
@@ -135,9 +138,9 @@ def documents_of_steps(documents: SequenceDocuments, contents: Sequence[StepCont
     return documents.documents(domain, sequence)
 
 
-def _has_next(plan: ChunkPlan, following: ChunkPlan) -> bool:
-    """Return True if a plan follows another one with the same weights."""
-    return following.chunk == plan.chunk + 1 and np.array_equal(following.weights, plan.weights)
+def _is_next(plan: ChunkPlan, before: ChunkPlan) -> bool:
+    """Return True if `plan` is the one after `before` and has the same weights."""
+    return plan.chunk == before.chunk + 1 and np.array_equal(plan.weights, before.weights)
 
 
 def _expected_after(planner: Planner, plan: ChunkPlan) -> ChunkPlan | None:
