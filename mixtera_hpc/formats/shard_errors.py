@@ -75,7 +75,10 @@ def cannot_open_error(path: Path, error: Exception) -> DataError:
     if isinstance(error, PermissionError):
         cure = "Let the user of the job read the file, and enter its folders."
     elif isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        cure = "Raise the limit of the address space of the job (ulimit -v)."
+        cure = (
+            "Raise the limit of the job's address space (ulimit -v), or of the mappings of a process (sysctl "
+            "vm.max_map_count), or give the job more memory."
+        )
     return DataError(f"{path} cannot be opened: {reason}.\n  {cure}")
 
 

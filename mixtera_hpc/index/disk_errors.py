@@ -27,7 +27,9 @@ def explain_disk_errors(kind: type[MixteraError], folder: Path, problem: str, cu
     try:
         yield
     except OSError as error:
-        is_denied = isinstance(error, PermissionError) and Path(error.filename or "").is_relative_to(folder)
+        # `filename` is a descriptor for some calls.
+        path = Path(str(error.filename or ""))
+        is_denied = isinstance(error, PermissionError) and path.is_relative_to(folder)
         if error.errno is None or (error.errno not in DISK_ERRORS and not is_denied):
             raise
         raise kind(f"{problem}: {os.strerror(error.errno)}.\n  {cure}") from None

@@ -214,6 +214,12 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         IDS,
         r"bad\.idx is truncated: it has \d+ bytes",
     ),
+    "an .idx that goes on": (
+        megatron(rewritten("bad.idx", lambda d: d + b"more")),
+        IDS,
+        r"bad\.idx is too long: it has \d+ bytes",
+    ),
+    "an .idx of 0 bytes": (megatron(rewritten("bad.idx", lambda d: b"")), IDS, r"bad\.idx has 0 bytes"),
     "an .idx of three bytes": (
         megatron(rewritten("bad.idx", lambda d: d[:3])),
         IDS,
@@ -337,7 +343,7 @@ def test_a_line_of_twenty_megabytes_is_read(tmp_path: Path) -> None:
             PermissionError(errno.EACCES, "Permission denied"),
             "denied[^$]*Let the user of the job read the file",
         ),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory[^$]*ulimit -v"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory[^$]*ulimit -v[^$]*max_map_count"),
         (FileNotFoundError(errno.ENOENT, "No such file"), "No such file[^$]*mixtera-hpc index verify"),
     ],
 )

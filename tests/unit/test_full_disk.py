@@ -108,9 +108,10 @@ def test_only_what_cannot_be_written_is_called_so(tmp_path: Path) -> None:
     own = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "i.h5.tokens" / "lock"))
     with pytest.raises(ConfigError, match=r"The store cannot be written: Permission denied\.\n  Make it writable\."):
         raise_explained(own, tmp_path / "i.h5.tokens")
-    shard = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data" / "0.jsonl"))
-    with pytest.raises(PermissionError):
-        raise_explained(shard, tmp_path / "i.h5.tokens")
+    descriptor = 7
+    for name in (str(tmp_path / "data" / "0.jsonl"), descriptor, None):
+        with pytest.raises(PermissionError):
+            raise_explained(PermissionError(errno.EACCES, "Permission denied", name), tmp_path / "i.h5.tokens")
 
 
 def raise_explained(error: OSError, folder: Path) -> None:

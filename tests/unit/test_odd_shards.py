@@ -55,7 +55,7 @@ def test_a_file_of_0_bytes_is_refused_or_counted(ending: str, data: Path, answer
     put(data / f"b.{ending}", b"")
     refused = answers(include=INCLUDE)["build"]
     # The .idx file decides whether a .bin file may be empty.
-    expected = "b.bin needs b.idx beside it" if ending == "bin" else f"b.{ending} has 0 bytes, which is no valid file"
+    expected = "b.idx has 0 bytes" if ending == "bin" else f"b.{ending} has 0 bytes, which is no valid file"
     assert refused.startswith("DataError") and expected in refused
     skipped = answers(include=INCLUDE, on_bad_sample="skip")
     assert skipped["build"] == "3 samples, 0 bad rows, 1 damaged"

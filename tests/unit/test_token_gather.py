@@ -1,6 +1,7 @@
 """Batches from shards that hold token ids, against a document-by-document reference."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from mixtera_hpc.dataplane.reading.stored import document_places, mapped_files, 
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.codecs.megatron_index import read_token_layout
 from mixtera_hpc.formats.readers.megatron import MegatronFormat, MegatronReader
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.token_store.store_job import write_store
@@ -327,8 +329,25 @@ def test_a_shard_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     write_megatron(path, [[1, 2, 3], [4, 5]])
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=r"a\.bin cannot be mapped: No such device"):
+    with pytest.raises(DataError, match=r"a\.bin cannot be opened: No such device"):
         MegatronFormat().map_tokens(path, np.array([0]), np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"), [(errno.EACCES, "Let the user of the job read the file"), (errno.ENOMEM, "vm.max_map_count")]
+)
+def test_an_idx_file_that_cannot_be_mapped_has_a_cure_for_the_reason(
+    code: int, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_megatron(tmp_path / "a.bin", [[1, 2, 3]])
+
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(np, "memmap", fail)
+    with pytest.raises(DataError, match=r"a\.idx cannot be opened") as caught:
+        read_token_layout(tmp_path / "a.bin")
+    assert cure in str(caught.value)
 
 
 def test_samples_of_moved_documents_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.shard_errors import cannot_open_error
 
 __all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "TokenLayout", "read_document_starts", "read_token_layout"]
 
@@ -94,11 +95,16 @@ def read_document_starts(shard: Path, documents: NDArray[np.int64]) -> tuple[np.
 def _map_file(path: Path, shard: Path) -> NDArray[np.uint8]:
     try:
         return np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
         raise DataError(
-            f"{shard} needs {path.name} beside it, which cannot be read: {error}.\n"
+            f"{shard} needs {path.name} beside it, which is missing.\n"
             "  Copy it there. If the shard is not a Megatron file, exclude it with data.exclude."
         ) from None
+    except OSError as error:
+        raise cannot_open_error(path, error) from None
+    except ValueError:
+        # A file of 0 bytes cannot be mapped.
+        raise DataError(f"{path} has 0 bytes.\n  Copy it again, or exclude the shard with data.exclude.") from None
 
 
 def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], int, int]:
@@ -117,8 +123,9 @@ def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], in
     size = HEADER.size + 12 * num_sequences + 8 * num_documents
     size_with_modes = size + num_sequences
     if len(data) not in (size, size_with_modes):
+        problem = "truncated" if len(data) < size else "too long"
         raise DataError(
-            f"{path} is truncated: it has {len(data)} bytes, but its header needs {size}.\n  Copy it again."
+            f"{path} is {problem}: it has {len(data)} bytes, but its header needs {size}.\n  Copy it again."
         )
     return np.dtype(DTYPES[code]), num_sequences, num_documents
 

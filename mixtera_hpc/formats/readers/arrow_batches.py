@@ -50,7 +50,7 @@ def open_record_batches(path: Path, paths: set[str] | None, max_bytes: int = sys
     except (pa.ArrowException, OSError, ValueError) as error:
         source.close()
         raise DataError(
-            f"{path} is not a readable Arrow file: {error}.\n  Copy it again, or exclude it with data.exclude."
+            f"{path} is not a readable Arrow file: {error}.\n  Copy or write it again, or exclude it with data.exclude."
         ) from None
 
 

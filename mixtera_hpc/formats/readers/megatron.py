@@ -33,7 +33,7 @@ from mixtera_hpc.formats.codecs.megatron_index import read_document_starts, read
 from mixtera_hpc.formats.file_memory import map_descriptor, read_single_pages
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
-from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, open_shard, shard_changed_error
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, cannot_open_error, open_shard, shard_changed_error
 
 __all__ = ["MegatronFormat", "sidecar_of"]
 
@@ -85,7 +85,7 @@ class MegatronFormat:
             if len(data):
                 read_single_pages(data.ctypes.data, len(data))
         except OSError as error:
-            raise DataError(f"{path} cannot be mapped: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
+            raise cannot_open_error(path, error) from None
         finally:
             os.close(descriptor)
         return np.frombuffer(data, dtype, len(data) // dtype.itemsize)
@@ -111,7 +111,7 @@ class _TokenDocuments:
             # An empty file cannot be mapped.
             self.ids: NDArray[Any] = np.memmap(path, layout.dtype, "r") if size else np.zeros(0, layout.dtype)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}.\n  Run mixtera-hpc index verify.") from None
+            raise cannot_open_error(path, error) from None
         self.starts = layout.starts
         """First byte of every document, and the end of the last; shape (count + 1,)."""
         expected = int(self.starts[-1])

@@ -129,7 +129,7 @@ class _RowGroupScan:
         """Return the bytes of all columns of a row group.
 
         Raises:
-            DataError: the footer has a size that cannot be.
+            DataError: the footer has a negative size, or one larger than the file.
         """
         sizes = [metadata.column(i).total_compressed_size for i in range(metadata.num_columns)]
         for i, size in enumerate(sizes):

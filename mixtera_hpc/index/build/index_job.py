@@ -112,7 +112,8 @@ def lead_index_job(
     # Before anything is read: a typing error in index.path should not cost an hour.
     _check_place(job.path)
     _make_folder(folder)
-    explained = _explain_disk_errors(folder)  # Inside of what records the error.
+    # Twice: around the lock, and inside of `_record_failure`, so that the explained error is recorded.
+    explained = _explain_disk_errors(folder)
     with _explain_disk_errors(folder), build_lock(folder), _record_failure(job.path), explained:
         failure_file(job.path).unlink(missing_ok=True)
         _resume(folder, plan, job.depends_on)

@@ -85,13 +85,17 @@ def check_fresh(index: PropertyIndex) -> None:
     refuse_changed(index, changed_shards(index))
 
 
-def check_shard(index: PropertyIndex, shard: int) -> None:
-    """Refuse a shard, given its number, with another size or modification time than in the index.
+def check_shard(index: PropertyIndex, shard: int, path: str) -> None:
+    """Refuse a shard with another size or modification time than in the index.
+
+    Args:
+        index: an open index.
+        shard: number of the shard.
+        path: its path as in `index.shard_paths()`, which takes too long to call for every shard.
 
     Raises:
         PropertyIndexError: names it.
     """
-    path = index.shard_paths()[shard]
     shards = index.tables.shards
     problem = _stat_problem(index.data_root / path, int(shards.size_bytes[shard]), int(shards.mtime_ns[shard]))
     if problem:

@@ -273,7 +273,8 @@ class _RowWriter:
         self._places.write(places.tobytes())
         self._places.flush()
         # After the reads: rows that changed meanwhile may be as long as before.
-        check_shard(index, int(index.tables.blocks.shard[blocks[0]]))
+        shard = int(index.tables.blocks.shard[blocks[0]])
+        check_shard(index, shard, self._paths[shard])
         # The log must not reach the disk before the rows.
         os.fdatasync(self._rows.fileno())
         os.fdatasync(self._places.fileno())

@@ -105,7 +105,8 @@ class UnitWriter:
             self._write_group(np.concatenate(group), starts[group_rows], counts[group_rows], tokens_file)
         _write_all(starts_file, starts.data.cast("B"), 8 * first_row)
         # After the reads: documents that changed meanwhile may have as many tokens as before.
-        check_shard(self._index, int(self._index.tables.blocks.shard[unit.first_block]))
+        shard = int(self._index.tables.blocks.shard[unit.first_block])
+        check_shard(self._index, shard, self._paths[shard])
         return len(starts)
 
     def _segments(

@@ -26,7 +26,7 @@ def read_struct(data: bytes, position: int) -> tuple[dict[int, Any], int]:
 
     Raises:
         IndexError: the data ends inside the struct.
-        ValueError: no struct of this size, depth and types is written by anyone.
+        ValueError: the struct has too many values or levels, or a type that page headers do not have.
     """
     reader = _StructReader(data, position)
     fields = reader.read_struct(0)
@@ -34,9 +34,9 @@ def read_struct(data: bytes, position: int) -> tuple[dict[int, Any], int]:
 
 
 class _StructReader:
-    """Reads values one after the other.
+    """A reader of one value after the other.
 
-    What is skipped may end after the data. The byte that ends every struct is read in any case, and shows it.
+    A text or list that is skipped may end after the data: the read of the byte that ends its struct then fails.
     """
 
     def __init__(self, data: bytes, position: int) -> None:
