@@ -287,15 +287,16 @@ class SimulatedCuda(TorchFunctionMode):
         return target
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+@contextmanager
+def simulated_cuda() -> Iterator[SimulatedCuda]:
     """Simulate a CUDA device."""
     device = SimulatedCuda()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", device.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda of=None: device.current)
-    with device:
-        yield device
-        device.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "stream", device.stream)
+        patch.setattr(torch.cuda, "current_stream", lambda of=None: device.current)
+        with device:
+            yield device
+            device.finish()
     device.check_frees()

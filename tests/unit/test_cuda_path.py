@@ -1,5 +1,6 @@
 """The code that runs only with a GPU, on a simulated one: nothing waits for the device, and nothing races with it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,15 @@ from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 from mixtera_hpc.integrations.device_staging import MAX_BUFFERS, DeviceStage
-from tests.unit.simulated_cuda import CudaTensor, HostWaits, Race, SimulatedCuda, Stream, cuda  # noqa: F401 - a fixture
+from tests.unit.simulated_cuda import CudaTensor, HostWaits, Race, SimulatedCuda, Stream, simulated_cuda
 
 B, T, K = 8, 17, 4
+
+
+@pytest.fixture
+def cuda() -> Iterator[SimulatedCuda]:
+    with simulated_cuda() as device:
+        yield device
 
 
 def batch_of(seed: int, num_rows: int = B) -> Batch:
@@ -44,7 +51,7 @@ def expected(batch: Batch, losses: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_recording_micro_batches_never_waits_for_the_device(cuda: SimulatedCuda, dtype: Any) -> None:  # noqa: F811
+def test_recording_micro_batches_never_waits_for_the_device(cuda: SimulatedCuda, dtype: Any) -> None:
     batch, losses = batch_of(0), losses_of(0, dtype)
     recorded = StepLosses(batch, K)
     for rows in (slice(0, 3), np.array([7, 3, 5]), slice(4, 5), slice(6, 7)):
@@ -54,7 +61,7 @@ def test_recording_micro_batches_never_waits_for_the_device(cuda: SimulatedCuda,
     assert recorded.are_on_host
 
 
-def test_parts_of_sequences_and_sums_are_compared_on_the_device(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_parts_of_sequences_and_sums_are_compared_on_the_device(cuda: SimulatedCuda) -> None:
     batch, losses = batch_of(1), losses_of(1)
     parts = StepLosses(batch, K)
     for tokens in (slice(0, 9), slice(9, T)):
@@ -68,7 +75,7 @@ def test_parts_of_sequences_and_sums_are_compared_on_the_device(cuda: SimulatedC
         sums.total()
 
 
-def test_the_tokens_of_samples_are_counted_on_the_device(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_the_tokens_of_samples_are_counted_on_the_device(cuda: SimulatedCuda) -> None:
     domain_ids = np.append(np.arange(B - 1) % K, -1)
     samples = replace(batch_of(5), domain_ids=domain_ids, payloads=[{}] * B)
     counts, losses = torch.arange(B) - 1, torch.arange(B) * 1.5
@@ -87,7 +94,7 @@ def test_the_tokens_of_samples_are_counted_on_the_device(cuda: SimulatedCuda) ->
         wrong.total()
 
 
-def test_losses_of_several_streams_are_added_in_order(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_losses_of_several_streams_are_added_in_order(cuda: SimulatedCuda) -> None:
     batch, losses = batch_of(2), losses_of(2)
     recorded = StepLosses(batch, K, num_parts=2)
     for rows in (slice(0, 4), slice(4, 8)):
@@ -96,7 +103,7 @@ def test_losses_of_several_streams_are_added_in_order(cuda: SimulatedCuda) -> No
     assert (recorded.total() == expected(batch, losses)).all()
 
 
-def test_a_stream_may_use_the_memory_of_losses_again_that_it_recorded(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_a_stream_may_use_the_memory_of_losses_again_that_it_recorded(cuda: SimulatedCuda) -> None:
     batch, losses = batch_of(4), losses_of(4)
     counts = torch.from_numpy(batch.loss_mask.sum(axis=1))
     recorded, sums = StepLosses(batch, K), StepLosses(batch, K)
@@ -113,7 +120,7 @@ def test_a_stream_may_use_the_memory_of_losses_again_that_it_recorded(cuda: Simu
 
 
 def test_scalars_are_those_of_their_step_although_the_trainer_uses_their_memory_again(
-    cuda: SimulatedCuda,  # noqa: F811
+    cuda: SimulatedCuda,
 ) -> None:
     domain_ids = np.arange(B) % K
     steps = []
@@ -130,7 +137,7 @@ def test_scalars_are_those_of_their_step_although_the_trainer_uses_their_memory_
         assert np.allclose(rows[:, 0] / 2**32 * 100, np.array([4, 6, 8, 10]) * (step + 1))
 
 
-def test_transfers_overlap_and_pinned_memory_is_used_again_only_behind_them(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_transfers_overlap_and_pinned_memory_is_used_again_only_behind_them(cuda: SimulatedCuda) -> None:
     stage = DeviceStage(torch.device("cuda"))
     for step in range(3 * MAX_BUFFERS):
         # Larger batches come with a ramp, smaller ones at the end of the data.
@@ -147,7 +154,7 @@ def test_transfers_overlap_and_pinned_memory_is_used_again_only_behind_them(cuda
 
 @pytest.mark.parametrize("are_losses_on_host", [False, True])
 def test_a_loop_that_is_a_step_ahead_of_the_device_never_waits_for_it(
-    cuda: SimulatedCuda,  # noqa: F811
+    cuda: SimulatedCuda,
     collection: list[str],
     are_losses_on_host: bool,
 ) -> None:
@@ -198,13 +205,13 @@ def test_losses_on_another_accelerator_are_summed_on_the_host() -> None:
     assert scalars.rows(K)[1].sum() == B
 
 
-def test_sums_on_the_host_are_compared_with_counts_on_the_device(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_sums_on_the_host_are_compared_with_counts_on_the_device(cuda: SimulatedCuda) -> None:
     counted = cuda.tensor(torch.zeros(B, dtype=torch.int64))
     with pytest.raises(HostWaits):
         StepLosses(batch_of(0), K).add(torch.ones(B), slice(None), None, counted)
 
 
-def test_the_simulation_finds_what_waits_and_what_races(cuda: SimulatedCuda) -> None:  # noqa: F811
+def test_the_simulation_finds_what_waits_and_what_races(cuda: SimulatedCuda) -> None:
     tensor = cuda.tensor(torch.arange(4))
     for wait in (
         lambda: tensor.sum().item(),
