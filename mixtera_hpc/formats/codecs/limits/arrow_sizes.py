@@ -102,15 +102,15 @@ def _blocks(data: memoryview) -> Iterator[tuple[int, int]]:
     end = len(data) - len(_MAGIC) - 4
     (length,) = struct.unpack_from("<i", data, end)
     footer = _root(data, end - length)
-    behind = _FIRST_MESSAGE
+    batches_end = _FIRST_MESSAGE
     for field in (2, 3):
         for position in _vector(data, footer, field, _BLOCK.size):
             offset, metadata_bytes, body_bytes = _BLOCK.unpack_from(data, position)
             yield _metadata_start(data, offset)[0], offset + metadata_bytes
-            behind = max(behind, offset + metadata_bytes + body_bytes)
+            batches_end = max(batches_end, offset + metadata_bytes + body_bytes)
 
     # What follows the last batch is the end mark, or the footer.
-    if any(_kind(data, start) == _RECORD_BATCH for start, _ in _stream_positions(data[: end - length], behind)):
+    if any(_kind(data, start) == _RECORD_BATCH for start, _ in _stream_positions(data[: end - length], batches_end)):
         raise ValueError("its footer does not list all of its record batches")
 
 
