@@ -65,7 +65,7 @@ with Replicas() as replicas, DataPlane.open(config, folder=RunFolder(arguments.o
                 record.add(batch["positions"][rows], tokens, losses, counted)
                 # accelerate divides by the number of micro-batches, and averages over the ranks.
                 scale = arguments.accumulate * accelerator.num_processes / num_counted
-                accelerator.backward((losses * counted).sum() * scale)
+                accelerator.backward(torch.where(counted, losses, 0.0).sum() * scale)
                 optimizer.step()
                 optimizer.zero_grad()
 

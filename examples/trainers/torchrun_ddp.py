@@ -61,7 +61,7 @@ with replicas, DataPlane.open(compose(arguments.overrides), folder=RunFolder(arg
             with model.no_sync() if no_sync else nullcontext():
                 loss = loss_of(tokens[rows])
                 # The loss is the mean over the counted tokens of all ranks. DDP averages over ranks: hence num_ranks.
-                ((loss * counted[rows]).sum() * num_ranks / num_counted).backward()
+                (torch.where(counted[rows], loss, 0.0).sum() * num_ranks / num_counted).backward()
             plane.record(batch, loss, rows=rows)
             record.add(batch.positions[rows], tokens[rows], loss, counted[rows])
         optimizer.step()

@@ -193,9 +193,10 @@ class PlaneTrainer(Trainer):
         if not batches:
             return batches, None
         counted = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
-        # A copy from memory that is not pinned would wait for the step before.
-        is_cuda = device.type == "cuda"
-        counted = (counted.pin_memory() if is_cuda else counted).to(device, non_blocking=is_cuda)
+        if device.type == "cuda" and counted.device.type == "cpu":
+            # A copy from memory that is not pinned would wait for the step before.
+            counted = counted.pin_memory()
+        counted = counted.to(device, non_blocking=True)
         if self.args.world_size > 1:
             counted = self.accelerator.reduce(counted, "sum")
         return batches, counted.clamp(min=1)

@@ -3,7 +3,7 @@
 An edit of `dataplane.seq_len` in the middle of a run is one of the options.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ def stored(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> s
     return setting
 
 
+@lru_cache(maxsize=4)
+def composed(*words: str) -> Config:
+    return compose(words)
+
+
 def serve(config: Config, folder: Path, attempt: int, until: int, state: Any, comm: Communicator) -> Any:
     """Return the digests of every position of the steps before `until`, their micro-batches, and the state."""
     with DataPlane.open(config, comm, RunFolder(folder), attempt) as plane:
@@ -85,12 +90,12 @@ def run(words: list[str], folder: Path, attempts: list[tuple[int, int]], change_
     """Return the digests of every step of a run of several attempts, given as (ranks, steps until its end)."""
     folder.mkdir()
     paths = RunFolder(folder)
-    config = compose(words)
+    config = composed(*words)
     state = None
     digests: list[list[str]] = []
     for attempt, (ranks, until) in enumerate(attempts, start=1):
         if change_at is not None and len(digests) == change_at:
-            longer = compose([*words, "dataplane.seq_len=37"])
+            longer = composed(*words, "dataplane.seq_len=37")
             edit = run_edit_between(config, longer, read_run_edits(paths.decisions), at_step=change_at)
             assert edit is not None
             record_run_edit(paths.decisions, edit)
