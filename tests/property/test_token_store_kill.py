@@ -7,10 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +22,7 @@ from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from tests.property.killed_jobs import Killed, killed_before
 
 NUM_SHARDS = 6
 PROGRAM = """
@@ -80,29 +78,6 @@ def write_and_kill(overrides: list[str], after_units: int) -> None:
     assert process.stdout.readline() == b"unit\n"
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=600)
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
-
-
-@contextmanager
-def killed_before(call: int) -> Iterator[None]:
-    """Let a job end before one of the calls that change files, given its number."""
-    numbers = itertools.count()
-
-    def patched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if next(numbers) == call:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((os, "fsync"), (os, "pwrite"), (os, "write"), (Path, "replace"), (Path, "unlink")):
-            patch.setattr(module, name, patched(getattr(module, name)))
-        yield
 
 
 @pytest.mark.parametrize("before", ["nothing", "complete", "half"])

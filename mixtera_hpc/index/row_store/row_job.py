@@ -203,9 +203,6 @@ def _begin(files: RowStoreFiles, header: RowStoreHeader, kept_places: Path | Non
         file.truncate(PLACE_BYTES * header.rows)
         os.fsync(file.fileno())
     files.write_header(header)
-    for path in files.folder.glob("places-*.bin"):
-        if path != places:
-            path.unlink()
 
 
 def _write_units(
@@ -226,7 +223,9 @@ def _write_units(
 
 def _complete(files: RowStoreFiles, header: RowStoreHeader) -> None:
     files.write_header(msgspec.structs.replace(header, complete=True))
-    for path in files.logs():
+    # Also what killed jobs have left, and the places of another index.
+    other_places = set(files.folder.glob("places-*.bin")) - {files.folder / header.places}
+    for path in (*files.logs(), *files.unfinished_headers(), *other_places):
         path.unlink()
 
 
