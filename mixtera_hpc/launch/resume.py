@@ -206,7 +206,8 @@ def check_trained_by_launcher(folder: RunFolder) -> None:
         raise LaunchError(
             f"{folder.run_id} belongs to a training program of yours, which opened {folder.path} by itself.\n"
             "  Start that program again, and let it load the state that it saved (DataPlane.load_state_dict). To "
-            "change its data first, run this command without mpiexec and with the change, e.g. --change-seq-len N."
+            "change its data first, run this command with the change, e.g. --change-seq-len N, and without mpiexec, "
+            "--here, --submit and --wait."
         )
 
 

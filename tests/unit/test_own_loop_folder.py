@@ -109,6 +109,10 @@ def test_an_own_loop_continues_with_the_changes_of_resume(
 
     assert main(["resume", str(folder.path), "--change-seq-len", "16"]) == 2
     assert "dataplane.seq_len is still 16.\n  Give it another number" in capsys.readouterr().err
+    for option in ("--here", "--submit", "--wait"):
+        assert main(["resume", str(folder.path), option, "--change-seq-len", "40"]) == 2
+        assert "and without mpiexec, --here, --submit and --wait." in capsys.readouterr().err
+    assert read_run_edits(folder.decisions) == []
     assert main(["resume", str(folder.path), "--change-seq-len", "40"]) == 0
     assert "Start your program again with dataplane.seq_len=40" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="seq_len was changed to 40, is 16"):

@@ -116,7 +116,8 @@ def _resume(args: Namespace) -> int:
     overrides = list(args.overrides)
     if args.change_seq_len is not None:
         overrides.append(_seq_len_override(args.change_seq_len, overrides))
-    if request.has_edits and is_own_program(folder) and not started_by_launcher():
+    starts_attempt = args.here or args.submit or args.wait or started_by_launcher()
+    if request.has_edits and not starts_attempt and is_own_program(folder):
         to_set = edit_program_run(folder, overrides, request)
         settings = f" with {' '.join(to_set)}" if to_set else ""
         print(f"Start your program again{settings}, and let it load its newest state.")
