@@ -208,7 +208,7 @@ class SeekPoints:
 
         Raises:
             DataError: the shard is damaged.
-            PropertyIndexError: the file of the seek points is damaged.
+            PropertyIndexError: the file of the seek points is damaged, or cannot be read.
         """
         stop = offset + size
         # From the last point at or before the first byte, to the first point at or after the end.
@@ -278,6 +278,6 @@ class SeekPoints:
             return zstandard.decompress(data, max_output_size=WINDOW_BYTES)
         except (zstandard.ZstdError, OSError) as error:
             raise PropertyIndexError(
-                f"{self._path}, which has the seek points of {shard}, is damaged: {error}.\n"
+                f"{self._path}, which has the seek points of {shard}, cannot be read: {error}.\n"
                 "  Delete the file: without it, blocks are decoded from the start of the shard."
             ) from None
