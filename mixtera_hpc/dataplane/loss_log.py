@@ -90,9 +90,9 @@ def _records(path: Path) -> Iterator[tuple[RecordedLosses, int]]:
 
 
 def _is_followed(raw: bytes, start: int) -> bool:
-    """Return True if a whole record begins behind byte `start`.
+    """Return True if a whole record begins at or after byte `start`.
 
-    The record before it was not cut short then: its number of sequences is damaged.
+    If so, the record before it was not cut short, but its number of sequences is damaged.
     """
     for position in range(start, len(raw) - _HEADER.size + 1, _LOSS.itemsize):
         step, first, count, checksum = _HEADER.unpack_from(raw, position)

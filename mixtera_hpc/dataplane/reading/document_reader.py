@@ -136,9 +136,9 @@ class DocumentReader:
         return StoredSequences(self._source, writer, documents, batches)
 
     def sequences_ahead(self, documents: Documents, batches: Sequence[StepContent], num_due: int) -> StoredSequences:
-        """Do as `sequences` for stored tokens, of which only the first `num_due` batches are surely written.
+        """Do as `sequences` for stored tokens whose batches after the first `num_due` may never be written.
 
-        The shards of the others do not count as read before `use_again`.
+        The shards of those do not count as read before `use_again`.
         """
         with self.comparison.without_record():
             sequences = self.sequences(documents, batches)

@@ -42,9 +42,9 @@ def check_and_record_edit(
     skip_steps: tuple[int, int] | None = None,
     drop: Sequence[str] = (),
 ) -> RunEdit | None:
-    """Check and record the run edit that turns `before` into `after`. One process calls this, between attempts.
+    """Check, record and return the run edit that turns `before` into `after`; return None if nothing changes.
 
-    Returns None if nothing changes.
+    One process calls this, between attempts.
 
     Args:
         before: The recorded configuration.
@@ -58,7 +58,7 @@ def check_and_record_edit(
         MixtureError: No sample would be left of a domain in the mixture.
     """
     earlier = read_run_edits(folder.decisions)
-    # Only the reference trainer keeps its checkpoints where we look, and ends at `training.num_steps`.
+    # Only the reference trainer keeps its checkpoints in the folder of the run, and ends at `training.num_steps`.
     is_program = bool(after.job.command) or is_own_program(folder)
     at_step = _checkpoint_step(folder, skip_steps, earlier, is_program=is_program)
     edit = run_edit_between(before, after, earlier, at_step=at_step, skip_steps=skip_steps, drop=drop)

@@ -67,7 +67,7 @@ class SelectedSamples:
         return self.domain_rule.domain_of(self.tables.combos, columns)
 
     def is_not_dropped(self, columns: SampleColumns) -> NDArray[np.bool_]:
-        """Return which samples drops leave in the streams; shape (rows,)."""
+        """Return which samples are still served after drops; shape (rows,)."""
         if self.drop_filter is None:
             return np.ones(len(columns.combo), np.bool_)
         entries = Entries.of_samples(self.tables.combos, columns.combo, columns.numbers)
