@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from mixtera_hpc.errors import DataError, PropertyIndexError, UserError
 from mixtera_hpc.formats.base import ScanSpec
+from mixtera_hpc.formats.codecs import tar_headers
 from mixtera_hpc.formats.codecs.limits import arrow_sizes
 from mixtera_hpc.formats.codecs.mds_layout import check_mds_index, read_mds_layout
 from mixtera_hpc.formats.codecs.seek_points import find_points, write_points
@@ -306,8 +308,6 @@ def test_a_damaged_window_names_the_file_of_the_seek_points(
 
 def pax_archive(path: Path, records: bytes) -> None:
     """Write an archive whose only member has an extended header with these records."""
-    import tarfile
-
     header = tarfile.TarInfo("PaxHeaders/a")
     header.type = tarfile.XHDTYPE
     header.size = len(records)
@@ -335,7 +335,6 @@ def test_damaged_lengths_in_an_extended_header_are_refused(records: bytes, tmp_p
 
 def test_many_records_of_an_extended_header_take_time_in_proportion(tmp_path: Path) -> None:
     """A copy of the rest for each record is no line and no lasting memory, so copied bytes are counted."""
-    from mixtera_hpc.formats.codecs import tar_headers
 
     class Counted(bytes):
         copied = 0

@@ -3,7 +3,7 @@
 When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
 they are served. So do the rows that other domains of the same speed need soon (`rows_ahead`). A domain that moves at
 another speed decodes each block once more. Rows of JSON lines stay in memory as lines, and rows with nested values as
-pickles, see `packed_rows`. They are served like this, and become objects when their batch is made.
+pickles, see `packed_rows`. They are returned packed, and become objects when their batch is made.
 
 If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
 window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup
@@ -93,7 +93,7 @@ class ResidentRows:
             max_bytes: budget for all rows.
             read_block: decodes blocks.
             pack_block: the same, for rows that stay in memory.
-            are_read: tells which blocks of a window are read here.
+            are_read: returns which blocks of a window are decoded as a whole; the rows of the others are not kept.
             ahead: rows that other domains need later; None to keep none.
         """
         self._max_bytes = max_bytes
