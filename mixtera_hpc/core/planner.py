@@ -320,6 +320,9 @@ class Planner:
         start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
         segments = self._segments(start, remaining, self.num_slots(plan))
+        if len(segments) > 1:
+            # Thousands of domains may end in a chunk, with arrays for each of them. No reader expects such plans.
+            self._newest.clear()
         self._newest.appendleft((plan, segments))
         return segments
 

@@ -92,6 +92,17 @@ def test_a_dropped_domain_that_lags_behind_gets_no_sequence_where_the_data_end(p
     assert (plan.num_steps, plan.last, plan.lags.tolist()) == (2, True, [0, 0, 0])
 
 
+def test_the_segments_of_one_plan_in_which_domains_end_stay_in_memory() -> None:
+    machine = planner(*range(3, 63, 2), steps=20, policy="redistribute")
+    state = PlannerState.start(30)
+    num_segments = []
+    for _ in range(8):
+        plan, state = machine.plan(state, np.ones(30))
+        num_segments.append(len(machine.segment_counts(plan)))
+        assert sum(len(segments) > 1 for _, segments in machine._newest) <= 1
+    assert sum(count > 1 for count in num_segments) > 1
+
+
 def test_no_steps_are_planned_after_the_data_has_ended() -> None:
     machine = planner(4, policy="redistribute")
     plan, state = machine.plan(PlannerState.start(1), np.array([1.0]))
