@@ -185,7 +185,7 @@ class MappedRows:
             numbers = numbers[shards < distinct[MAX_SHARDS]]
             shards = self._blocks.shard[numbers]
         try:
-            self._map(shards)
+            self._map(distinct[:MAX_SHARDS], numbers, place)
         except DataError as error:
             self._is_usable = False
             logger.warning("Rows are not read from mapped files: %s", error)
@@ -196,17 +196,9 @@ class MappedRows:
 
     def _load_one(self, number: int, address: int, place: ReadPlace) -> None:
         """Load a block; on an error, leave its rows to positioned reads, which name the damaged shard."""
-        shard, offset, size, first_row, rows = (
-            int(column[number])
-            for column in (
-                self._blocks.shard,
-                self._blocks.offset,
-                self._blocks.length,
-                self._blocks.first_row,
-                self._blocks.rows,
-            )
-        )
-        place.enter(READ, shard, first_row, first_row + rows - 1)
+        self._enter(number, place)
+        columns = (self._blocks.shard, self._blocks.offset, self._blocks.length)
+        shard, offset, size = (int(column[number]) for column in columns)
         try:
             if not load_pages(address, size):
                 # Faults then find the pages in the page cache.
@@ -217,15 +209,23 @@ class MappedRows:
         self.num_bytes += size
         self.num_loads += 1
 
-    def _map(self, shards: NDArray[np.int32]) -> None:
-        """Map shards; forget all others if they would be too many."""
-        distinct = self._files.distinct(shards)
-        num_new = len(distinct) - int(np.count_nonzero(self._files.is_mapped(distinct)))
-        if self._num_mapped + num_new > MAX_SHARDS:
+    def _map(self, shards: NDArray[np.intp], numbers: NDArray[np.int32], place: ReadPlace) -> None:
+        """Map the shards of some blocks, each given once; forget all others if they would be too many."""
+        new = shards[~self._files.is_mapped(shards)]
+        if self._num_mapped + len(new) > MAX_SHARDS:
             self.close()
-            num_new = len(distinct)
-        self._files.map(distinct)
-        self._num_mapped += num_new
+            new = shards
+        for shard in new:
+            # A file system that does not answer makes the opening of a file wait.
+            self._enter(int(numbers[np.argmax(self._blocks.shard[numbers] == shard)]), place)
+            self._files.map(shard[np.newaxis])
+        self._files.map(shards)
+        self._num_mapped += len(new)
+
+    def _enter(self, number: int, place: ReadPlace) -> None:
+        """Record that a block is read."""
+        first_row = int(self._blocks.first_row[number])
+        place.enter(READ, int(self._blocks.shard[number]), first_row, first_row + int(self._blocks.rows[number]) - 1)
 
     def _make_room(self, num_bytes: int) -> int:
         """Release the blocks that were used longest ago if `num_bytes` do not fit; return the bytes that fit."""
