@@ -100,7 +100,10 @@ def _build(words: list[str]) -> None:
     if run_verb(["index", "build", *words]):
         raise SystemExit("the build failed")
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1e3}))
+    # Unlike this, the maximum of `getrusage` includes the memory of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak_kb = int(status["VmHWM"].split()[0])
+    print(json.dumps({"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": peak_kb / 1e3}))
 
 
 def measure_rates(settings: list[str], shards: list[Path], tokenizer: Tokenizer) -> dict[str, list[float]]:
