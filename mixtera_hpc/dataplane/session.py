@@ -81,7 +81,7 @@ class Session:
         self._mixture = MixtureFeed(source, self._ledger, state, decisions, learn=is_root)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         self._delivered_plans = DeliveredPlans()
-        """From the chunk of the oldest step that may be unfinished on."""
+        """The plans from the chunk of the oldest step that may be unfinished."""
         self._silence = SilenceWatch(source.config, self._comm.rank)
         self._results = StepResults(self._comm.rank, self._mixture, self._silence, self._recorder)
         self._steps = TrainerSteps(resources, source, self._ledger, self._results)

@@ -151,7 +151,7 @@ class SimulatedCuda(TorchFunctionMode):
         SimulatedCuda.active = self
         self.streams: list[Stream] = []
         self.num_waits = 0
-        """How often the host has waited for an event that was not complete."""
+        """Number of waits of the host for an event that was not complete."""
         self.current = Stream()
         self.operations: list[str] = []
         self._memories: list[Memory] = []

@@ -183,7 +183,7 @@ def test_a_batch_with_a_wrong_number_of_buffers_is_refused(count: int, tmp_path:
 @pytest.mark.parametrize("wrong", [HUGE, (1 << 63) - 1, -1, -(1 << 63)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_buffers_at_wrong_positions_are_refused(stream: bool, wrong: int, tmp_path: Path) -> None:
-    """Of each buffer the position, the length, and the decoded length before its content."""
+    """Change the position, the length, and the decoded length before the content, of each buffer."""
     path = tmp_path / "shard.arrow"
     data = write_arrow(path, stream=stream, compression="zstd")
     view = memoryview(bytes(data))

@@ -19,11 +19,14 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.dataplane.reading.stored import document_places, mapped_files, token_gather
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles
+from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.codecs.megatron_index import read_token_layout
@@ -322,6 +325,28 @@ def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Pa
         write_megatron(shard, documents)
         list(plane)
     assert re.search(r"has changed since it was indexed: document \d+ lies elsewhere", str(caught.value))
+
+
+def test_a_shard_is_named_while_it_is_opened(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(overrides)
+    build_index(config)
+    source = open_source(config, Local())
+    paths = source.index.shard_paths
+    named = []
+    map_tokens = MegatronFormat.map_tokens
+
+    def recorded(fmt: MegatronFormat, path: Path, *arguments: Any) -> NDArray[Any]:
+        named.append((str(path.relative_to(source.index.data_root)), paths[place.now().shard]))
+        return map_tokens(fmt, path, *arguments)
+
+    monkeypatch.setattr(MegatronFormat, "map_tokens", recorded)
+    place = ReadPlace()
+    with contextlib.closing(BatchMaker(source, BatchSlice(group=0, num_groups=1), audit=False)) as maker:
+        maker.write_place(place)
+        plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
+        next(maker.batches(plan, 0))
+    assert named and all(path == shard for path, shard in named), named
+    assert place.now().shard == -1
 
 
 def test_a_shard_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ class DocumentReader:
         self._rows = RowReader(source, self.comparison, streams, window_share)
         self._texts = TextGather(source, self._rows)
         self._gather = TokenGather(source, self.comparison)
+        self._gather.place = self._rows.place
 
     @property
     def place(self) -> ReadPlace:
@@ -118,6 +119,7 @@ class DocumentReader:
     @place.setter
     def place(self, place: ReadPlace) -> None:
         self._rows.place = place
+        self._gather.place = place
 
     @property
     def holds_all_tokens(self) -> bool:

@@ -46,7 +46,7 @@ class _WindowRows:
     def __init__(self, start: int, rows: list[Any], unpacks: list[Unpack | None]) -> None:
         self.start = start
         self.rows = rows
-        """None for rows that were served, or that are not read by blocks: a window may mix formats."""
+        """The rows; None in place of those that were served, and of those that are not read by blocks."""
         self._unpacks = unpacks
         """The function that unpacks each row."""
         own = [row for row in rows if row is not None]

@@ -19,6 +19,7 @@ from mixtera_hpc.dataplane.reading.stored.document_places import DocumentPlaces,
 from mixtera_hpc.dataplane.reading.stored.mapped_files import MAX_MAPPED_FILES, MappedFiles, file_groups, map_array
 from mixtera_hpc.dataplane.reading.stored.token_copy import NO_SHARD, TokenCopies
 from mixtera_hpc.dataplane.reading.unchanged.file_comparison import FileComparison
+from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -54,6 +55,8 @@ class TokenGather:
         """
         self._source = source
         self._comparison = comparison
+        self.place = ReadPlace()
+        """The place of this reader in the data, for the watchdog."""
         self._is_stored = blocks_with_tokens(source)
         self.holds_all = bool(self._is_stored.all())
         """True if all blocks of the index are stored as token ids."""
@@ -137,7 +140,10 @@ class TokenGather:
         of_shard = slice(*np.searchsorted(blocks.shard, [number, number + 1]).tolist())
         token_format = cast(TokenFormat, load_format(index.shard_formats[number]))
         path = Path(index.data_root) / index.shard_paths[number]
+        # A file system that does not answer makes the opening of a file wait.
+        self.place.enter(READ, number)
         tokens = token_format.map_tokens(path, blocks.first_row[of_shard], blocks.offset[of_shard])
+        self.place.enter(READ)
         # Documents were located when the shard was mapped for the first time.
         if tokens.nbytes < self._files.num_bytes(number):
             raise shard_changed_error(path, None, "it is shorter than before")
