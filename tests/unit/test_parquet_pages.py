@@ -12,6 +12,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.limits.parquet_pages import MAX_ENTRIES, MAX_HEADER_BYTES, SPARE_PAGES, chunk_size
 from mixtera_hpc.formats.codecs.limits.thrift_structs import MAX_VALUES, read_struct
+from mixtera_hpc.formats.codecs.varints import encode_varint
 from mixtera_hpc.formats.readers.parquet import ParquetFormat
 from mixtera_hpc.testing.format_cases import scan_whole_shard
 from mixtera_hpc.testing.work_limit import limited_work
@@ -20,23 +21,14 @@ HUGE = 1 << 60
 BOOLEAN, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT, UUID = range(1, 14)
 
 
-def varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
 def items(kind: int, count: int) -> bytes:
     """Return a field that is a list of `count` items of a type, which are missing."""
-    return bytes([0x10 | LIST, 0xF0 | kind]) + varint(count)
+    return bytes([0x10 | LIST, 0xF0 | kind]) + encode_varint(count)
 
 
 def number(value: int) -> bytes:
     """Return the next field, of 32 bits."""
-    return bytes([0x10 | I32]) + varint(value << 1)
+    return bytes([0x10 | I32]) + encode_varint(value << 1)
 
 
 def page(*, decoded: int, stored: int, num_values: int = 1, more: bytes = b"") -> bytes:
@@ -82,8 +74,8 @@ def test_lists_of_any_type_with_too_many_items_end_at_once(kind: int, count: int
     [
         b"",
         bytes([0x10 | DOUBLE]) + bytes(7),
-        bytes([0x10 | BINARY]) + varint(10) + bytes(9),
-        bytes([0x10 | BINARY]) + varint(HUGE),
+        bytes([0x10 | BINARY]) + encode_varint(10) + bytes(9),
+        bytes([0x10 | BINARY]) + encode_varint(HUGE),
         bytes([0x10 | BYTE]),
         bytes([0x10 | I64, 0x80]),
         bytes([0x10 | STRUCT]),
@@ -105,7 +97,7 @@ def test_a_value_that_lacks_bytes_asks_for_more(data: bytes) -> None:
         bytes([0x10 | LIST]) + bytes([0x10 | STRUCT]) * 5000,
         bytes([0x10 | BOOLEAN]) * 5000,
         number(1) * 5000,
-        bytes([0x10 | LIST, 0xF0 | STRUCT]) + varint(5000) + bytes(6000),
+        bytes([0x10 | LIST, 0xF0 | STRUCT]) + encode_varint(5000) + bytes(6000),
         bytes([0x10 | MAP, 1]),
         bytes([0x10 | UUID]) + bytes(17),
         bytes([0x10 | I64]) + b"\x80" * 20,
@@ -125,12 +117,12 @@ def test_all_types_are_skipped_to_the_byte_behind_them() -> None:
         bytes([0x10 | BOOLEAN]),
         bytes([0x10 | LIST, 0x30 | BOOLEAN, 1, 2, 1]),
         bytes([0x10 | DOUBLE]) + bytes(8),
-        bytes([0x10 | SET, 0x20 | I32]) + varint(300) * 2,
+        bytes([0x10 | SET, 0x20 | I32]) + encode_varint(300) * 2,
         bytes([0x10 | LIST, 0x20 | STRUCT, 0, 0]),
         bytes([0x10 | BINARY, 3]) + b"abc",
         bytes([0x10 | STRUCT]) + number(7) + b"\0",
         bytes([0x10 | FALSE]),
-        bytes([0x00 | BYTE]) + varint(40) + b"\x09",
+        bytes([0x00 | BYTE]) + encode_varint(40) + b"\x09",
     ]
     data = b"?" + b"".join(fields) + b"\0"
     expected = {1: True, 2: None, 3: None, 4: None, 5: None, 6: None, 7: {1: 7}, 8: False, 20: 9}
@@ -138,7 +130,7 @@ def test_all_types_are_skipped_to_the_byte_behind_them() -> None:
 
 
 def test_pages_are_summed(tmp_path: Path) -> None:
-    long_statistics = bytes([0x30 | BINARY]) + varint(5000) + bytes(5000)
+    long_statistics = bytes([0x30 | BINARY]) + encode_varint(5000) + bytes(5000)
     data = page(decoded=10, stored=3, more=b"\0") + b"abc" + page(decoded=20, stored=0, more=long_statistics + b"\0")
     assert sizes(tmp_path / "shard", data) == 10 + 20 + 2 * 4
 

@@ -161,12 +161,13 @@ class DeviceSums:
             ValueError: the trainer counted other tokens than the loss mask.
         """
         copied = self._started_copy().array()
-        num_wrong, content = int(copied[0]), copied[1:]
+        num_wrong = int(copied[0])
         if num_wrong:
             raise ValueError(
                 f"record() got num_tokens of {num_wrong} sequences of a step that differ from what their loss masks "
                 "count, or are below 0.\n  Sum the losses where batch.loss_mask is true; of samples, count the tokens."
             )
+        content = copied[1:]
         border = NUM_BUFFER_ROWS * len(self._domains)
         return content[:border].reshape(NUM_BUFFER_ROWS, -1), content[border:].reshape(3, -1)
 

@@ -1,6 +1,6 @@
-"""Decode variable-length integers of binary formats: seven bits per byte, low first."""
+"""Decode and encode variable-length integers of binary formats: seven bits per byte, low first."""
 
-__all__ = ["read_varint"]
+__all__ = ["encode_varint", "read_varint"]
 
 MAX_BITS = 64
 
@@ -24,3 +24,13 @@ def read_varint(data: bytes, position: int) -> tuple[int, int]:
             return value, position
         if shift >= MAX_BITS:
             raise ValueError(f"a number has more than {MAX_BITS} bits")
+
+
+def encode_varint(value: int) -> bytes:
+    """Return the bytes of an integer that is not negative."""
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

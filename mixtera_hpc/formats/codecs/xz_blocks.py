@@ -15,7 +15,7 @@ from pathlib import Path
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.codecs.frames import SEGMENT_BYTES, DecodedSegment
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
-from mixtera_hpc.formats.codecs.varints import read_varint
+from mixtera_hpc.formats.codecs.varints import encode_varint, read_varint
 from mixtera_hpc.formats.shard_errors import decompression_error
 
 __all__ = ["XzBlock", "decode_blocks", "list_blocks"]
@@ -149,16 +149,6 @@ def _padded(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _varint(value: int) -> bytes:
-    """Encode a variable-length integer (section 1.2)."""
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
 def decode_blocks(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[DecodedSegment]:
     """Decode blocks segment by segment. Every block ends a frame.
 
@@ -189,7 +179,7 @@ def _as_stream(fd: int, block: XzBlock) -> Iterator[bytes]:
         yield read_fully(fd, min(READ_BYTES, block.end - position), position)
 
     # Indicator 0, one record, padding to four bytes, checksum.
-    index = b"\0\1" + _varint(block.unpadded_bytes) + _varint(block.decoded_bytes)
+    index = b"\0\1" + encode_varint(block.unpadded_bytes) + encode_varint(block.decoded_bytes)
     index += bytes(-len(index) % 4)
     index += zlib.crc32(index).to_bytes(4, "little")
     yield index
