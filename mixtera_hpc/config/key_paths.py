@@ -9,7 +9,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from mixtera_hpc.config.schema import Config
 
-__all__ = ["SchemaKey", "groups", "has_short_form", "hint_of", "schema_keys", "takes_text", "without_none"]
+__all__ = [
+    "SchemaKey",
+    "groups",
+    "has_short_form",
+    "hint_of",
+    "schema_keys",
+    "takes_text",
+    "takes_texts",
+    "without_none",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,11 @@ def takes_text(hint: Any) -> bool:
     """Return whether a value of type `hint` can be text: strings, choices, and mappings with a short form."""
     hint = without_none(hint)
     return hint is str or get_origin(hint) is Literal or has_short_form(hint)
+
+
+def takes_texts(hint: Any) -> bool:
+    """Return whether a value of type `hint` is a list of texts."""
+    return bool(without_none(hint) == list[str])
 
 
 def has_short_form(hint: Any) -> bool:

@@ -39,7 +39,7 @@ laid out like `conf/`.
 - **Entry points.** `mixtera-hpc VERB`, `python -m mixtera_hpc.training` and `mixtera_hpc.compose([...])` take the
   same overrides.
 - **Text.** The value of a key that takes text is used as typed: `'query.where=q >= 0.5'` needs no quotes but those of
-  the shell.
+  the shell. So is every entry of a list of texts that looks like a number: `job.command=[train.py,--steps,100]`.
 - **Mappings.** A key of type "mapping" takes new names: `data.properties.language=meta.lang`,
   `cluster.env.NCCL_DEBUG=INFO`.
 - **null** is the value of a key that is not set.

@@ -214,8 +214,41 @@ def test_text_arrives_as_typed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "entries",
+    [
+        ["308870072333", "012", "12345e678901", "0x1f", "1_000"],
+        ["train.py", "--steps", "100", "--lr", "1e-3", "--decay", ".5", "--offset", "-1"],
+        ["true", "nan", "-inf", "a1"],
+        ["prose/*.jsonl", "1.2.3", "10:20", "2024-01-01"],
+    ],
+)
+@pytest.mark.parametrize("sweep", [False, True])
+def test_entries_of_a_list_of_texts_arrive_as_typed(entries: list[str], *, sweep: bool) -> None:
+    (word,) = hydra_words([f"job.command=[{', '.join(entries)}]"], sweep=sweep)
+    override = OverridesParser.create().parse_override(word)
+
+    assert [str(entry) for entry in override.value()] == entries
+    assert mixtera_hpc.compose([f"job.command=[{','.join(entries)}]", *BASE]).job.command == entries
+
+
+@pytest.mark.parametrize(
     ("word", "expected"),
     [
+        ("index.generations=['',12]", "index.generations=['',\"12\"]"),
+        ("index.generations=['[1,2]',\"3, 4\", 5 ]", 'index.generations=[\'[1,2]\',"3, 4", "5" ]'),
+        ("index.generations=[]", "index.generations=[]"),
+        ("index.paths=[${oc.env:A,1,2}]", "index.paths=[${oc.env:A,1,2}]"),
+        ("mixture.weights=[1,2]", "mixture.weights=[1,2]"),
+    ],
+)
+def test_entries_that_are_quoted_or_no_numbers_stay(word: str, expected: str) -> None:
+    assert hydra_words([word]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("index.generations=[1],[2,3]", 'index.generations=["1"],["2","3"]'),
         ("job.time=01:00:00,1-02:00:00", 'job.time="01:00:00","1-02:00:00"'),
         ("run.name=a,b", "run.name=a,b"),
         ("query.where='a == 1',\"b == 'x'\"", "query.where='a == 1',\"b == 'x'\""),

@@ -1,13 +1,14 @@
 """Turn overrides as users type them into overrides in Hydra's grammar.
 
 Hydra parses every value with its own grammar, in which `query.where=q >= 0.5` is an error and `job.name=7` a
-number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
+number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed,
+and so are the entries of a list of texts that Hydra would read as numbers (`job.command=[train,--steps,100]`).
 """
 
 import re
 from collections.abc import Iterable
 
-from mixtera_hpc.config.key_paths import groups, has_short_form, hint_of, takes_text
+from mixtera_hpc.config.key_paths import groups, has_short_form, hint_of, takes_text, takes_texts
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "sweep_values"]
@@ -15,6 +16,12 @@ __all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "swe
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 _PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE)
 """Text that Hydra reads as the same text."""
+_LIST_ENTRY = re.compile(
+    r"""(?P<kept>(['"])(?:\\.|(?!\2).)*\2|\$\{[^}]*\})"""
+    r"""|(?<=[\[,])(?P<space>\s*)(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*[,\]])""",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Quoted text or an interpolation (`kept`), or an entry that Hydra reads as a number or a truth value (`number`)."""
 _HOME = re.compile(r"~[\w-]*(/|$)")
 
 
@@ -76,10 +83,18 @@ def _quoted(text: str) -> str:
 
 def _hydra_word(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
-    if not equals or word.startswith("-") or not is_text_key(key):
+    if not equals or word.startswith("-"):
+        return word
+    if takes_texts(hint_of(key.lstrip("+"))):
+        return f"{key}={_LIST_ENTRY.sub(_quoted_entry, value)}"
+    if not is_text_key(key):
         return word
     values = sweep_values(word) if sweep else []
     return f"{key}={','.join(_hydra_value(key, part) for part in values or [value])}"
+
+
+def _quoted_entry(match: re.Match[str]) -> str:
+    return match["kept"] or f'{match["space"]}"{match["number"]}"'
 
 
 def _hydra_value(key: str, value: str) -> str:
