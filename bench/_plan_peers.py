@@ -30,7 +30,8 @@ sample to find its domain, where that is a separate step."""
 
 def mixtera_hpc(num_samples: int) -> tuple[Measured, np.ndarray]:
     """Plan chunks of 8 steps of 1,024 sequences, then expand the plans as the reading thread of every rank does."""
-    from mixtera_hpc.core.planner import Planner, PlannerState
+    from mixtera_hpc.core.chunk_plan import PlannerState
+    from mixtera_hpc.core.planner import Planner
     from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
     planner = Planner(

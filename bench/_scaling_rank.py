@@ -13,7 +13,8 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster

@@ -27,7 +27,8 @@ from bench._results import write_results
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.plane import STATE_KEY, DataPlane
 from mixtera_hpc.dataplane.plane_state import PlaneState

@@ -16,7 +16,8 @@ import numpy as np
 
 from bench._corpus import SHARES
 from bench._results import write_results
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
 OWN_SEQUENCES = 8

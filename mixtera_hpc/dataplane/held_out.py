@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.measures.held_out_counts import held_out_counts
-from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker

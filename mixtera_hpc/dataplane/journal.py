@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import DataError

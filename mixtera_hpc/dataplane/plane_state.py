@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.files.json_text import parse_json
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import CommError, ConfigError, DataError

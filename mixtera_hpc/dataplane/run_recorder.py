@@ -15,7 +15,7 @@ import numpy as np
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.apportion import UNIT
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
 from mixtera_hpc.dataplane.loss_log import LossLog

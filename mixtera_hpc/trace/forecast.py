@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError

@@ -5,7 +5,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice

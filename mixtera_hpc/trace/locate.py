@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import balance_group
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.packing.balance import balanced_order, max_over_mean
 from mixtera_hpc.core.packing.best_fit import Fragments, concatenate, count_cut, pack_best_fit
-from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source

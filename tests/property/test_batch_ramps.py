@@ -17,7 +17,8 @@ from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane

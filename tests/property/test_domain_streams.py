@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents

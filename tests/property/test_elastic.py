@@ -13,7 +13,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source

@@ -15,12 +15,12 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.packing.balance import attention_costs, balanced_order, max_over_mean
 from mixtera_hpc.core.packing.best_fit import concatenate, count_cut, pack_best_fit
 from mixtera_hpc.core.packing.micro_batches import fill_micro_batches
 from mixtera_hpc.core.packing.random_permutation import permutation_keys, permute, unpermute
 from mixtera_hpc.core.packing.sequence_shuffle import SequenceShuffle
-from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice

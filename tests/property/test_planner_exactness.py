@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advance, quantise_weights
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.segment_order import SegmentOrder

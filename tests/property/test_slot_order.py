@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core.apportion import UNIT, advance, quantise_weights
-from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.segment_order import SegmentOrder
 

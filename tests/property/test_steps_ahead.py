@@ -15,7 +15,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.chunk_order import counts_of_chunks, slots_of_chunks
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker

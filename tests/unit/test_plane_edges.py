@@ -17,7 +17,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import step_results
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import prefetcher as prefetcher_module

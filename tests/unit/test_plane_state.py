@@ -9,7 +9,7 @@ import torch
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.plane_state import PlaneState, pack_state
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion

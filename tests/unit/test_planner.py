@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.apportion import UNIT
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.errors import CommError, MixtureError
 
@@ -35,14 +36,14 @@ def test_a_plan_is_expanded_once_for_its_order_and_the_state_after_it(monkeypatc
     first = machine.decide(PlannerState.start(2), weights)
     second = machine.decide(machine.after(first), weights)
     num_expanded = 0
-    segments = Planner._segments
+    cut_segments = Planner._cut_segments
 
     def counted(*arguments: Any) -> Any:
         nonlocal num_expanded
         num_expanded += 1
-        return segments(*arguments)
+        return cut_segments(*arguments)
 
-    monkeypatch.setattr(Planner, "_segments", counted)
+    monkeypatch.setattr(Planner, "_cut_segments", counted)
     other_rank = planner(5, ENDLESS, batch=4, steps=2, policy="redistribute")
     for plan in (first, second):
         other_rank.order(plan)

@@ -9,7 +9,7 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source

@@ -12,7 +12,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.sweep.sweep_record import SweepRecord
 from mixtera_hpc.report.run_metrics import load_run_metrics

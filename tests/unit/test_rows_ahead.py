@@ -13,7 +13,7 @@ import zstandard
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.residency import rows_ahead

@@ -22,7 +22,7 @@ import pytest
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes import block_memory

@@ -8,7 +8,7 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import batch_maker

@@ -10,7 +10,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace import forecast

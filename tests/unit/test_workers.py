@@ -17,7 +17,7 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource, with_samples

@@ -1,6 +1,6 @@
 """Chunk plans that have arrived on a rank, as long as its steps or a saved state need them."""
 
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 
 __all__ = ["DeliveredPlans"]
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator
-from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.errors import CommError
 
 __all__ = ["PlanBroadcaster"]

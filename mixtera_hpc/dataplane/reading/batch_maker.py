@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.packing.micro_batches import cut_by_budget
-from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples
 from mixtera_hpc.dataplane.reading.domain_streams import Documents

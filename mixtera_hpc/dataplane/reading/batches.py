@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
 from mixtera_hpc.config.schema import DataPlaneConfig
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError
 

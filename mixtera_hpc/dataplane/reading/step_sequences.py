@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import balance_group
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder, counts_of_chunks, slots_of_chunks
 from mixtera_hpc.core.slots.segment_order import Slots

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError

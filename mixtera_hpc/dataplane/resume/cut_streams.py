@@ -12,9 +12,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.lanes import ServedPart
 from mixtera_hpc.core.order import EpochOrder
-from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
-from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.cut_streams import cut_streams, with_sequence_length

@@ -16,7 +16,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from mixtera_hpc.core.planner import ChunkPlan, Planner
+from mixtera_hpc.core.chunk_plan import ChunkPlan
+from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments

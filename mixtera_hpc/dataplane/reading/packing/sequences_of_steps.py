@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.packing.micro_batches import fill_micro_batches
 from mixtera_hpc.core.packing.sequences_ahead import SequencesAhead
-from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.step_slots import StepSlots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice

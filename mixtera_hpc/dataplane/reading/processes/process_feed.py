@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.processes.workers import Workers
 

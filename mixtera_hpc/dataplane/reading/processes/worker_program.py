@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, TokenArrays

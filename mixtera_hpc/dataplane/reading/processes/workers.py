@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from mixtera_hpc.config.check import WORKERS_PER_CORE
-from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, items_per_read, steps_per_read
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, PickledSamples
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape
