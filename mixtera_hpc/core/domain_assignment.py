@@ -19,8 +19,10 @@ from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, NumberRange
 from mixtera_hpc.core.index_tables import Zones
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["BucketGrid", "DomainAssignment", "PossibleBuckets"]
+__all__ = ["NO_DOMAIN", "BucketGrid", "DomainAssignment", "PossibleBuckets"]
 
+NO_DOMAIN = -1
+"""Domain of samples that belong to no domain."""
 MAX_BUCKETS = 1024
 """Combinations of buckets of all number properties. Every block is compared with each of them."""
 
@@ -149,7 +151,7 @@ class DomainAssignment:
 
     grid: BucketGrid
     domain: NDArray[np.int32]
-    """Domain of every (combo, combination of buckets), -1 for none; shape (num_combos, num_buckets)."""
+    """Domain of every (combo, combination of buckets), `NO_DOMAIN` for none; shape (num_combos, num_buckets)."""
 
     @property
     def numbers(self) -> frozenset[str]:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.combos.combo_index import ComboIndex, WantedCodes
-from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
-from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, PruningStatistics, ReadBlocks
+from mixtera_hpc.core.domain_assignment import NO_DOMAIN, BucketGrid, DomainAssignment
+from mixtera_hpc.core.domain_counts import count_domains
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, NumberRange, ValuePattern, matching_codes
 from mixtera_hpc.core.index_tables import DomainTable, IndexTables, SampleColumns
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.core.query.cell_selection import CellSelector, PruningStatistics, ReadSampleColumns
 from mixtera_hpc.core.query.predicate import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
@@ -102,7 +103,7 @@ def select(
     tables: IndexTables,
     predicate: Predicate,
     keys: Sequence[DomainKey],
-    read_blocks: ReadBlocks,
+    read_samples: ReadSampleColumns,
     limit: LimitDomains = lambda predicate, assignment: predicate,
 ) -> Selection:
     """Count the rows and tokens of every domain in every block.
@@ -111,7 +112,7 @@ def select(
         tables: the index.
         predicate: selects the samples.
         keys: one per domain, in the order that decides between them.
-        read_blocks: called for the blocks that combos and zones do not decide.
+        read_samples: called for the blocks that combos and zones do not decide.
         limit: applied once the domain of every sample is known.
 
     Raises:
@@ -126,10 +127,8 @@ def select(
     # An empty key takes the rest by intention, so it does not count as an overlap.
     is_named = [len(key) > 0 for key in keys]
     classes = _classes_by_named_keys(assignment, matches, is_named)
-    counter = DomainCounter(
-        tables, predicate, assignment, assignment.domain if classes is None else classes, read_blocks
-    )
-    counts = counter.count(len(keys), per_bucket=classes is not None)
+    selector = CellSelector(tables, predicate, grid, assignment.domain if classes is None else classes, read_samples)
+    counts = count_domains(selector.ranges(), assignment, len(keys), per_bucket=classes is not None)
     rows, tokens = counts.table.totals()
     unassigned_rows, unassigned_tokens = counts.unassigned
     return Selection(
@@ -139,7 +138,7 @@ def select(
         selected=(int(rows.sum()) + unassigned_rows, int(tokens.sum()) + unassigned_tokens),
         unassigned=counts.unassigned,
         overlaps=() if classes is None else _overlaps(counts.rows_of_bucket, assignment, matches, is_named),
-        pruning=counts.pruning,
+        pruning=selector.pruning,
     )
 
 

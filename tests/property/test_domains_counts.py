@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core import domain_counts
 from mixtera_hpc.core.domain_keys import NumberRange, ranges_of_bounds
 from mixtera_hpc.core.domains import DomainKey, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.core.query import cell_selection
 from mixtera_hpc.core.query.parse import parse_predicate
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
@@ -90,8 +90,8 @@ def range_size(request: pytest.FixtureRequest) -> Iterator[None]:
     """Process the whole histogram and all samples at once, or a few cells and one block at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "many ranges":
-            patch.setattr(domain_counts, "CELLS_PER_RANGE", 2)
-            patch.setattr(domain_counts, "SAMPLES_PER_READ", 1)
+            patch.setattr(cell_selection, "CELLS_PER_RANGE", 2)
+            patch.setattr(cell_selection, "SAMPLES_PER_READ", 1)
         yield
 
 
