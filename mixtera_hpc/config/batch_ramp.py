@@ -4,7 +4,7 @@ from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
-__all__ = ["batch_schedule_of", "batch_stages", "ramp_problems", "size_keys"]
+__all__ = ["batch_schedule_of", "batch_stages", "ramp_problems", "sizes_from"]
 
 
 def batch_schedule_of(plane: DataPlaneConfig) -> BatchSchedule:
@@ -17,10 +17,12 @@ def batch_stages(plane: DataPlaneConfig) -> list[list[int]]:
     return [[stage.start, stage.size] for stage in plane.batch_schedule]
 
 
-def size_keys(plane: DataPlaneConfig) -> list[str]:
-    """Return the key of the size of every stage, the steps before the ramp first."""
+def sizes_from(plane: DataPlaneConfig, first_step: int = 0) -> dict[str, int]:
+    """Return the size of every stage that has steps from data step `first_step` on, by its key, in order."""
     stages = range(len(plane.batch_schedule))
-    return ["dataplane.global_batch_size", *(f"dataplane.batch_schedule[{number}].size" for number in stages)]
+    keys = ["dataplane.global_batch_size", *(f"dataplane.batch_schedule[{number}].size" for number in stages)]
+    sizes = batch_schedule_of(plane).stages_from(first_step)
+    return dict(zip(keys[len(keys) - len(sizes) :], sizes, strict=True))
 
 
 def ramp_problems(plane: DataPlaneConfig) -> list[str]:

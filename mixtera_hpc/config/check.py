@@ -3,7 +3,7 @@
 import math
 import re
 
-from mixtera_hpc.config.batch_ramp import batch_schedule_of, ramp_problems, size_keys
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, ramp_problems, sizes_from
 from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
@@ -41,9 +41,9 @@ MAX_CHUNK_SEQUENCES = 1_000_000
 """Sequences of one chunk. The planner decides them one by one on rank 0, and a broadcast must stay small."""
 
 
-def check_run(config: Config) -> None:
-    """Raise one ConfigError that names every problem of `config`."""
-    raise_problems(run_problems(config))
+def check_run(config: Config, first_step: int = 0) -> None:
+    """Raise one ConfigError that names every problem of `config`, for a run that continues from step `first_step`."""
+    raise_problems(run_problems(config, first_step))
 
 
 def check_data(config: Config) -> None:
@@ -67,8 +67,8 @@ def check_index_job(config: Config) -> None:
     )
 
 
-def run_problems(config: Config) -> list[str]:
-    """Return everything wrong with `config`, one or two sentences each."""
+def run_problems(config: Config, first_step: int = 0) -> list[str]:
+    """Return everything wrong with `config` for the steps from `first_step` on, one or two sentences each."""
     return [
         *_data(config),
         *_dataplane(config.dataplane, config.mixture),
@@ -84,7 +84,7 @@ def run_problems(config: Config) -> list[str]:
         *job_problems(config.job, config.cluster, config.environment),
         *script_problems(config),
         *_workers(config),
-        *_batch_split(config),
+        *_batch_split(config, first_step),
     ]
 
 
@@ -277,8 +277,8 @@ def _workers(config: Config) -> list[str]:
     ]
 
 
-def _batch_split(config: Config) -> list[str]:
-    """Check that the ranks of the job can share a batch evenly.
+def _batch_split(config: Config, first_step: int) -> list[str]:
+    """Check that the ranks of the job can share every batch from step `first_step` on evenly.
 
     One rank is not checked: mpiexec may start more, and they check again when they start.
     """
@@ -290,9 +290,8 @@ def _batch_split(config: Config) -> list[str]:
         return [f"dataplane.model_parallel_size is {size}, which does not divide the job's {ranks} ranks."]
     groups = ranks // size
     sharers = "ranks" if size == 1 else f"groups of {size} ranks"
-    schedule = batch_schedule_of(config.dataplane)
     return [
         f"{key} is {batch_size}, which {groups} {sharers} cannot share evenly. Use a multiple of {groups}."
-        for key, batch_size in zip(size_keys(config.dataplane), schedule.sizes, strict=True)
+        for key, batch_size in sizes_from(config.dataplane, first_step).items()
         if batch_size % groups
     ]

@@ -30,7 +30,7 @@ from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.errors import CommError, MixtureError, list_names
+from mixtera_hpc.errors import CommError, ConfigError, MixtureError, list_names
 
 __all__ = ["MAX_NAMES", "HeldOutBatches", "domains_without_held_out"]
 
@@ -70,8 +70,10 @@ class HeldOutBatches:
 
         Raises:
             MixtureError: less than one global batch is held out.
+            ConfigError: the ranks cannot share the batches of a validation evenly.
         """
         global_batch_size = config.dataplane.global_batch_size
+        _check_shared_evenly(global_batch_size, batch_slice.num_groups)
         subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
         source = open_source(config, comm, subset=subset)
         sizes = source.layout.epoch_items()
@@ -248,6 +250,16 @@ def domains_without_held_out(config: Config, subset: SampleSubset) -> list[str]:
     sizes = source.layout.epoch_items()
     capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
     return [name for name, number in zip(source.names, capacity, strict=True) if number == 0]
+
+
+def _check_shared_evenly(global_batch_size: int, num_groups: int) -> None:
+    # Training does not check this if it begins behind the first stage of a batch ramp.
+    if global_batch_size % num_groups:
+        raise ConfigError(
+            f"dataplane.global_batch_size={global_batch_size} is the batch of every validation, also behind the first "
+            f"stage of dataplane.batch_schedule, and {num_groups} data-parallel groups of ranks cannot share it evenly."
+            "\n  Change the number of ranks, or do not validate: training.validate_every=0, or without held_out()."
+        )
 
 
 def _warn_without_held_out(names: Sequence[str], has_sequences: NDArray[np.bool_]) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.launcher import end_job, mark_saved
-from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
+from mixtera_hpc.config.batch_ramp import batch_schedule_of
 from mixtera_hpc.config.files.file_trust import deny_world_write
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -147,10 +147,13 @@ class DataPlane:
 
     @property
     def local_batch_sizes(self) -> dict[str, int]:
-        """Sequences that this rank gets per step, by the key that sets them; several with a batch ramp."""
-        plane = self.config.dataplane
-        sizes = zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True)
-        return {key: self._resources.batch_slice.size_of(size) for key, size in sizes}
+        """Sequences that this rank gets per step, by the key that sets them; several with a batch ramp.
+
+        Only stages with steps to come count. Before the first batch that is the last stage: a state may still be
+        loaded.
+        """
+        sizes = self._session.stages_to_come
+        return {key: self._resources.batch_slice.size_of(size) for key, size in sizes.items()}
 
     def num_local_sequences(self, num_steps: int) -> int:
         """Return the sequences that this rank gets in the first `num_steps` steps of a run."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import hosts_of
+from mixtera_hpc.config.batch_ramp import sizes_from
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.batch_wait import POLL_S, BatchWait, describe_interrupt
@@ -24,7 +25,7 @@ from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.plans.delivered_plans import DeliveredPlans
 from mixtera_hpc.dataplane.plans.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster
-from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.reading.batches import Batch, check_shared_evenly
 from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.resources import PlaneResources
@@ -52,12 +53,20 @@ def start_session(resources: PlaneResources, state: PlaneState | None) -> "Sessi
         state: on rank 0 the state to resume from, or None to begin the run; None on the other ranks.
 
     Raises:
-        ConfigError: the state belongs to a run with other settings, or this process was forked.
+        ConfigError: the state belongs to a run with other settings, the ranks cannot share a batch of the coming steps
+            evenly, or this process was forked.
     """
     resources.control.check_process()
     comm = resources.comm
     own = find_resume_point(resources.source, state, resources.recorder.run_edits()) if comm.rank == 0 else None
     start = share_resume_point(comm, own, resources.source.num_domains)
+    num_groups = resources.batch_slice.num_groups
+    check_shared_evenly(
+        resources.source.config.dataplane,
+        num_groups,
+        f"{num_groups} data-parallel groups of ranks",
+        first_step=start.stream_version.data_step(start.step),
+    )
     return Session(resources, start, state)
 
 
@@ -114,6 +123,11 @@ class Session:
     def next_data_step(self) -> int:
         """The data step of the next batch."""
         return self._ledger.next_data_step
+
+    @property
+    def stages_to_come(self) -> dict[str, int]:
+        """Sizes of the global batches from the next one on, by the keys that set them."""
+        return sizes_from(self._source.config.dataplane, self.next_data_step)
 
     @property
     def weights(self) -> NDArray[np.float64]:

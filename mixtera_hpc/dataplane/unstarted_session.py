@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, sizes_from
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch
@@ -28,6 +29,12 @@ class UnstartedSession:
     def __init__(self, resources: PlaneResources) -> None:
         """Use the resources of the data plane."""
         self._resources = resources
+
+    @property
+    def stages_to_come(self) -> dict[str, int]:
+        """Size of the global batches of the last stage, which any state leads to, by its key."""
+        plane = self._resources.source.config.dataplane
+        return sizes_from(plane, batch_schedule_of(plane).starts[-1])
 
     @property
     def weights(self) -> NDArray[np.float64]:

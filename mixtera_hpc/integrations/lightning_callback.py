@@ -81,7 +81,7 @@ class PlaneCallback(Callback):
         # Lightning asks for loaders as soon as it has installed its handlers.
         self._signals.take()
         if self._train is None:
-            num_micro = num_micro_batches(self._trainer, self.plane)
+            num_micro = num_micro_batches(self._trainer, self.plane, self.plane.local_batch_sizes)
             check_begin(self._trainer, self.plane)
             restart_step(self._trainer, num_micro)
             # With manual optimization, max_steps counts the steps of all optimizers.
@@ -95,7 +95,10 @@ class PlaneCallback(Callback):
         """Return the loader of validations, None if nothing is held out. **Collective.**"""
         self._signals.take()
         if self._held_out is None and self.plane.config.query.holdout.fraction > 0:
-            num_micro = num_micro_batches(self._trainer, self.plane)
+            # All batches of a validation have this size, also during a batch ramp.
+            key = "dataplane.global_batch_size"
+            size = self.plane.config.dataplane.global_batch_size // self.plane.num_groups
+            num_micro = num_micro_batches(self._trainer, self.plane, {key: size})
             self._held_out = HeldOutLoader(self.plane.held_out(self._folder), num_micro, pin=self._is_on_gpu)
         return self._held_out
 

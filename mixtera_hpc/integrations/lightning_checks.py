@@ -1,5 +1,7 @@
 """Checks that each optimizer step of a Lightning trainer is a step of the data plane."""
 
+from collections.abc import Mapping
+
 from lightning.pytorch import Trainer
 
 from mixtera_hpc.config.schema import MixtureConfig
@@ -31,14 +33,19 @@ def data_parallel_of(trainer: Trainer) -> tuple[int, int] | None:
     return layout["rank"], layout["num_replicas"]
 
 
-def num_micro_batches(trainer: Trainer, plane: DataPlane) -> int:
-    """Return the micro-batches of one step on this rank.
+def num_micro_batches(trainer: Trainer, plane: DataPlane, sizes: Mapping[str, int]) -> int:
+    """Return the micro-batches of one batch on this rank.
+
+    Args:
+        trainer: the trainer.
+        plane: the data plane.
+        sizes: sequences of a batch on this rank, by the key that sets them.
 
     Raises:
         ConfigError: they would not have equal sizes.
     """
     num_micro = int(trainer.accumulate_grad_batches)
-    for key, size in plane.local_batch_sizes.items():
+    for key, size in sizes.items():
         if size % num_micro:
             raise ConfigError(
                 f"{key}={size * plane.num_groups} gives each of {plane.num_groups} data-parallel ranks {size} "

@@ -74,14 +74,7 @@ class PlaneDataset(IterableDataset[Any]):
             )
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = num_micro_batches
-        for key, size in plane.local_batch_sizes.items():
-            given = num_micro_batches if micro_batch_size is None else micro_batch_size
-            if given < 1 or size % given:
-                name = "num_micro_batches" if micro_batch_size is None else "micro_batch_size"
-                raise ConfigError(
-                    f"{name}={given} does not divide the {size} sequences that this rank gets in every step of {key}.\n"
-                    f"  {key} must be micro-batch size × accumulation steps × data-parallel size."
-                )
+        self._check_micro_batches()
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the remaining batches of the run. **Collective.**
@@ -132,10 +125,23 @@ class PlaneDataset(IterableDataset[Any]):
         """Refuse to be pickled, which a loader does to start worker processes by spawning."""
         raise _worker_processes_error()
 
+    def _check_micro_batches(self) -> None:
+        """Raise ConfigError unless the steps that are known to come can be cut into micro-batches."""
+        name = "num_micro_batches" if self._micro_batch_size is None else "micro_batch_size"
+        given = self._num_micro_batches if self._micro_batch_size is None else self._micro_batch_size
+        for key, size in self._plane.local_batch_sizes.items():
+            if given < 1 or size % given:
+                raise ConfigError(
+                    f"{name}={given} does not divide the {size} sequences that this rank gets in every step of {key}.\n"
+                    f"  {key} must be micro-batch size × accumulation steps × data-parallel size."
+                )
+
     def _batches(self, error: ConfigError | None) -> Iterator[Any]:
         if error is not None:
             raise error
         self._plane.expect_loader()
+        # Before the first batch, only the last stage of a batch ramp was known to come.
+        self._check_micro_batches()
         if self._is_at_end:
             return
         for batch in self._plane:

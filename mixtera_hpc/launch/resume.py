@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mixtera_hpc.config.batch_ramp import batch_schedule_of
 from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain, leaves, to_plain
@@ -28,6 +29,7 @@ __all__ = [
     "check_ended",
     "check_resume",
     "check_trained_by_launcher",
+    "coming_step",
     "record_config",
     "recorded_overrides",
     "was_submitted",
@@ -183,8 +185,20 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeR
     new = _with_lanes(new, old.dataplane.lanes)
     lanes = read_first_identity(folder.journal).lanes
     check_resume(_with_lanes(old, lanes), _with_lanes(new, lanes), request)
-    check_run(new)
+    check_run(new, coming_step(folder, new, request))
     return new
+
+
+def coming_step(folder: RunFolder, config: Config, request: ResumeRequest = NO_EDITS) -> int:
+    """Return the first step that the next attempt serves, as far as the names of the checkpoints say.
+
+    The data plane checks again where it begins. A program of the user's may keep its checkpoints anywhere, so for it
+    only the last stage of a batch ramp is known to come.
+    """
+    if config.job.command:
+        return batch_schedule_of(config.dataplane).starts[-1]
+    newest = max(folder.checkpoint_steps(), default=0)
+    return newest if request.skip_steps is None else min(newest, request.skip_steps[0])
 
 
 def _with_lanes(config: Config, lanes: int | None) -> Config:

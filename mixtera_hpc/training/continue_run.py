@@ -16,12 +16,13 @@ from mixtera_hpc.launch.resume import (
     amended_config,
     check_ended,
     check_trained_by_launcher,
+    coming_step,
     record_config,
 )
 from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
 from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
-__all__ = ["continue_run", "edit_program_run", "submit_next_attempt"]
+__all__ = ["check_num_ranks", "continue_run", "edit_program_run", "submit_next_attempt"]
 
 
 def continue_run(
@@ -47,7 +48,7 @@ def continue_run(
             return Attempt(folder=folder, number=attempt)
         check_trained_by_launcher(folder)
         newest = check_ended(folder)
-        _check_num_ranks(config, num_ranks)
+        check_num_ranks(config, num_ranks, coming_step(folder, config, request))
         _record_changes(folder, config, overrides, request)
         number = start_local_attempt(folder, config, ranks=num_ranks, after=newest)
         return Attempt(folder=folder, number=number)
@@ -83,12 +84,13 @@ def edit_program_run(folder: RunFolder, overrides: Sequence[str], request: Resum
     return [override for override in overrides if override.partition("=")[0].removeprefix("dataplane.") in changes]
 
 
-def _check_num_ranks(config: Config, num_ranks: int) -> None:
-    """Raise `ConfigError` unless a global batch can be divided among this number of ranks."""
+def check_num_ranks(config: Config, num_ranks: int, first_step: int = 0) -> None:
+    """Raise `ConfigError` unless every global batch from `first_step` on can be divided among this number of ranks."""
     # Imported here because it imports h5py, which `--help` does not need.
-    from mixtera_hpc.dataplane.reading.batches import BatchSlice
+    from mixtera_hpc.dataplane.reading.batches import BatchSlice, check_shared_evenly
 
-    BatchSlice.of(config.dataplane, 0, num_ranks)
+    num_groups = BatchSlice.of(config.dataplane, 0, num_ranks).num_groups
+    check_shared_evenly(config.dataplane, num_groups, f"{num_ranks} ranks", first_step=first_step)
 
 
 def _record_changes(

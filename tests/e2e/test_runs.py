@@ -166,3 +166,16 @@ def test_a_ramp_and_a_longer_context_in_one_run_verify_on_other_ranks(
     [edit] = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     assert edit["changes"] == {"seq_len": [32, 64]}
     cli("report", folder)
+
+
+def test_a_run_continues_on_ranks_that_its_past_batches_do_not_fit(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    # Three ranks can share batches of 12, but not those of 8 before.
+    ramp = ["dataplane.global_batch_size=8", "dataplane.batch_schedule=[{start: 4, size: 12}]"]
+    words = [f"run.root={tmp_path}", "training.num_steps=6", *ramp]
+    assert "global_batch_size=8 cannot be shared evenly by 3 ranks" in cli("run", *small, *words, ranks=3, rc=2).stderr
+    assert not (tmp_path / "small").exists()
+    cli("run", *small, *words)
+    folder = only_run(tmp_path)
+    cli("resume", folder, "training.num_steps=9", ranks=3)
+    verdict = json.loads(cli("trace", folder, "--verify", "--json").stdout)
+    assert (verdict["num_steps"], verdict["num_sequences"]) == (9, 4 * 8 + 5 * 12)

@@ -23,6 +23,7 @@ from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.list import planned_sequences, served_sequences
 from mixtera_hpc.trace.locate import locate_row
@@ -245,3 +246,27 @@ def test_processes_and_leaders_serve_the_batches_of_a_ramp(
         for own, batch in zip(batches, whole, strict=True):
             assert (own.tokens == batch.tokens[own.positions]).all()
             assert (own.loss_mask == batch.loss_mask[own.positions]).all()
+
+
+@pytest.mark.parametrize("stop", [5, 6, 9])
+def test_ranks_need_not_share_the_stages_that_are_past(
+    plain: dict[str, Any], new_folder: Callable[[], Path], stop: int
+) -> None:
+    # Three ranks cannot share batches of 4. Step 5 lies inside of a chunk that begins with such a batch.
+    config = config_of(plain, {"group_by": ["source"]}, batch_schedule=as_config({5: 12}), chunk_steps=4)
+    whole, _ = serve(config, new_folder(), 1, 12)
+    folder = new_folder()
+    begun, state = serve(config, folder, 1, stop)
+    ranks = run_ranks(3, partial(serve, config, folder, 2, 12, state))
+    assert [batch.digests for batch in begun] + digests_of(ranks) == [batch.digests for batch in whole]
+    assert verify_run(ServedRun(RunFolder(folder), config)).num_sequences == 5 * 4 + 7 * 12
+
+
+@pytest.mark.parametrize("stop", [0, 4])
+def test_ranks_that_cannot_share_a_coming_stage_are_refused_before_its_first_batch(
+    plain: dict[str, Any], new_folder: Callable[[], Path], stop: int
+) -> None:
+    config = config_of(plain, {"group_by": ["source"]}, batch_schedule=as_config({5: 12}), chunk_steps=4)
+    state = serve(config, new_folder(), 1, stop)[1] if stop else None
+    with pytest.raises(ConfigError, match=r"dataplane\.global_batch_size=4 cannot be shared evenly by 3"):
+        run_ranks(3, partial(serve, config, new_folder(), 1, 12, state))

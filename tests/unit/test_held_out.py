@@ -1,5 +1,6 @@
 """Held-out losses of an own loop: the same for every layout of ranks, each sequence counted once."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import BatchStageConfig, Config
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.errors import CommError
+from mixtera_hpc.errors import CommError, ConfigError
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -112,3 +113,15 @@ def test_the_weights_of_the_current_chunk_are_known_on_every_rank(config: Config
     assert set(before) == {0.0}
     assert sum(weights) == pytest.approx(1.0)
     assert len(weights) == len(before) > 1
+
+
+def test_batches_of_a_validation_that_the_ranks_cannot_share_are_refused(config: Config) -> None:
+    # Three ranks can share the coming batches of a ramp, but a validation keeps the first size.
+    ramp = replace(config.dataplane, batch_schedule=[BatchStageConfig(start=1, size=12)])
+
+    def open_held_out(comm: Communicator) -> None:
+        with DataPlane.open(replace(config, dataplane=ramp), comm) as plane:
+            plane.held_out()
+
+    with pytest.raises(ConfigError, match=r"global_batch_size=8 is the batch of every validation"):
+        run_ranks(3, open_held_out)

@@ -279,3 +279,19 @@ def test_sizes_change_with_their_flag_only(folder: RunFolder) -> None:
 def test_a_wrong_ramp_is_refused(folder: RunFolder, stages: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         amended_config(folder, [f"dataplane.batch_schedule={stages}"], ResumeRequest(change_batch_size=True))
+
+
+def test_a_job_need_not_share_the_stages_of_a_ramp_that_are_past(folder: RunFolder) -> None:
+    ramp = "dataplane.batch_schedule=[{start: 4, size: 96}]"
+    words = [ramp, "job.nodes=3", "job.ranks_per_node=1"]
+    request = ResumeRequest(change_batch_size=True)
+    refusal = r"dataplane\.global_batch_size is 64, which 3 ranks cannot share evenly"
+    with pytest.raises(ConfigError, match=refusal):
+        amended_config(folder, words, request)
+    folder.checkpoint(4).mkdir(parents=True)
+    assert amended_config(folder, words, request).job.nodes == 3
+    with pytest.raises(ConfigError, match=refusal):
+        amended_config(folder, words, replace(request, skip_steps=(3, 4)))
+    # The checkpoints of a program may be elsewhere. It is checked again when it starts.
+    folder.checkpoint(4).rmdir()
+    assert amended_config(folder, [*words, "job.command=[mine]"], request).job.nodes == 3

@@ -187,6 +187,21 @@ def test_micro_batches_follow_a_ramp(collection: list[str]) -> None:
         PlaneDataset(plane, micro_batch_size=3)
 
 
+def test_only_the_coming_stages_of_a_ramp_must_fit_the_micro_batches(collection: list[str]) -> None:
+    config = compose([*collection, *WORDS, "dataplane.batch_schedule=[{start: 2, size: 8}]"])
+    with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match=r"=8 does not divide the 4 seq"):
+        next(iter(PlaneDataset(plane, micro_batch_size=8)))
+    with DataPlane.open(config, Local()) as plane:
+        batches = iter(plane)
+        plane.finish([next(batches) for _ in range(2)][-1])
+        state = plane.state_dict()
+    with DataPlane.open(config, Local()) as plane:
+        dataset = PlaneDataset(plane, micro_batch_size=8)
+        plane.load_state_dict(state)
+        first = next(iter(dataset))
+        assert (int(first["step"]), len(first["positions"])) == (2, 8)
+
+
 def test_samples_come_in_micro_batches_up_to_the_budget(collection: list[str]) -> None:
     budget = ["mixture.unit=samples", "dataplane.sample_cost=tokens", "dataplane.sample_budget=600"]
     config = compose([*collection, *WORDS, *budget, "query.where='tokens <= 600'"])

@@ -65,12 +65,14 @@ def _check_arguments(args: Namespace) -> None:
 
 def _start_run(overrides: Sequence[str]) -> int:
     # Imported here because it imports numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.training.continue_run import check_num_ranks
     from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
     config = compose(overrides)
     check_trained_here(config)
 
     def prepare(num_ranks: int) -> Attempt:
+        check_num_ranks(config, num_ranks)
         folder = prepare_run(config, overrides, datetime.now(UTC))
         return Attempt(folder=folder, number=start_local_attempt(folder, config, ranks=num_ranks))
 

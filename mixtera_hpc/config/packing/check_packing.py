@@ -1,6 +1,6 @@
 """Checks of packing, balancing and the shuffle of sequences."""
 
-from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
+from mixtera_hpc.config.batch_ramp import sizes_from
 from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.schema import DataPlaneConfig, MixtureConfig
 
@@ -86,7 +86,7 @@ def _balance(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
             "dataplane.balance is cost, but dataplane.sample_cost is not set. Name the number property that is the "
             "cost of a sample, or set dataplane.balance=none."
         )
-    for key, size in zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True):
+    for key, size in sizes_from(plane).items():
         if group is not None and group >= 2 and size % group:
             problems.append(
                 f"dataplane.balance_group is {group}, which does not divide {key}={size}. Use a divisor, for example a "

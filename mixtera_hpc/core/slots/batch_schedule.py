@@ -33,7 +33,11 @@ class BatchSchedule:
 
     def size_at(self, step: int) -> int:
         """Return the sequences of data step `step`."""
-        return self.sizes[bisect.bisect_right(self.starts, step) - 1]
+        return self.sizes[self._stage_at(step)]
+
+    def stages_from(self, step: int) -> tuple[int, ...]:
+        """Return the sizes of the stage that data step `step` belongs to and of all later stages."""
+        return self.sizes[self._stage_at(step) :]
 
     def sequences_before(self, step: int) -> int:
         """Return the sequences of all data steps before `step`."""
@@ -64,3 +68,6 @@ class BatchSchedule:
     def locate_in(self, first_step: int, slot: int) -> tuple[int, int]:
         """Return the data step and the position of slot number `slot`, counted from the first slot of `first_step`."""
         return self.locate(self.sequences_before(first_step) + slot)
+
+    def _stage_at(self, step: int) -> int:
+        return bisect.bisect_right(self.starts, step) - 1

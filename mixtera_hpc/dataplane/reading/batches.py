@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, sizes_from
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
@@ -116,7 +116,7 @@ class BatchSlice:
         """Return the slice of `rank` in a job of `num_ranks`.
 
         Raises:
-            ConfigError: the ranks cannot form groups, or the groups cannot share every global batch evenly.
+            ConfigError: the ranks cannot form groups, or the groups cannot share the last global batches evenly.
         """
         group_size = plane.model_parallel_size
         # Ranks of a group are neighbours: group g consists of ranks [g * group_size, (g + 1) * group_size).
@@ -126,7 +126,7 @@ class BatchSlice:
                 f"dataplane.model_parallel_size is {group_size}, which does not divide the {num_ranks} ranks that were "
                 f"started.\n  Start a multiple of {group_size} ranks, or change dataplane.model_parallel_size."
             )
-        check_shared_evenly(
+        check_last_stage(
             plane, num_groups, f"{num_ranks} ranks in groups of {group_size} (dataplane.model_parallel_size)"
         )
         return cls(
@@ -145,9 +145,18 @@ class BatchSlice:
         return slice(self.group * size, (self.group + 1) * size)
 
 
-def check_shared_evenly(plane: DataPlaneConfig, num_groups: int, sharers: str) -> None:
-    """Raise ConfigError unless every global batch of a run can be divided among `num_groups` groups of ranks."""
-    for key, size in zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True):
+def check_last_stage(plane: DataPlaneConfig, num_groups: int, sharers: str) -> None:
+    """Raise ConfigError unless the groups can share the batches of the last stage, which is served by every attempt.
+
+    Stages of a batch ramp that are past when an attempt begins need not fit its ranks. Until a state is loaded, only
+    the last stage is known to be served.
+    """
+    check_shared_evenly(plane, num_groups, sharers, first_step=batch_schedule_of(plane).starts[-1])
+
+
+def check_shared_evenly(plane: DataPlaneConfig, num_groups: int, sharers: str, *, first_step: int) -> None:
+    """Raise ConfigError unless `num_groups` groups of ranks can share every batch from data step `first_step` on."""
+    for key, size in sizes_from(plane, first_step).items():
         if size % num_groups:
             raise ConfigError(
                 f"{key}={size} cannot be shared evenly by {sharers}.\n"

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import DataPlaneConfig
-from mixtera_hpc.dataplane.reading.batches import BatchSlice, check_shared_evenly
+from mixtera_hpc.dataplane.reading.batches import BatchSlice, check_last_stage
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["WHOLE", "coordinate_in_mesh", "gather_coordinates", "part_in_mesh", "slice_in_layout"]
@@ -120,7 +120,7 @@ def slice_in_layout(plane: DataPlaneConfig, rank: int, coordinates: Sequence[int
     """Return the slice of `rank`, given the data-parallel coordinate of every rank.
 
     Raises:
-        ConfigError: the groups cannot share every global batch evenly, or `model_parallel_size` is set too.
+        ConfigError: the groups cannot share the last global batches evenly, or `model_parallel_size` is set too.
     """
     num_groups = max(coordinates) + 1
     if plane.model_parallel_size != 1:
@@ -128,6 +128,6 @@ def slice_in_layout(plane: DataPlaneConfig, rank: int, coordinates: Sequence[int
             f"dataplane.model_parallel_size={plane.model_parallel_size} describes neighbouring ranks, but "
             "data_parallel or mesh describes the layout too.\n  Remove dataplane.model_parallel_size."
         )
-    check_shared_evenly(plane, num_groups, f"{num_groups} data-parallel groups")
+    check_last_stage(plane, num_groups, f"{num_groups} data-parallel groups")
     own = coordinates[rank]
     return BatchSlice(group=own, num_groups=num_groups, is_group_leader=list(coordinates).index(own) == rank)
