@@ -36,7 +36,8 @@ from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests, ReadyAgree
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 from mixtera_hpc.dataplane.steps.trainer_steps import TrainerSteps
 from mixtera_hpc.dataplane.watchdog.progress import WAIT, RankProgress
-from mixtera_hpc.dataplane.watchdog.watchdog import Watchdog, WatchedRank
+from mixtera_hpc.dataplane.watchdog.watchdog import Watchdog
+from mixtera_hpc.dataplane.watchdog.watched_rank import WatchedRank
 
 __all__ = ["Session", "start_session"]
 

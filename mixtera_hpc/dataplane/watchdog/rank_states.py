@@ -1,33 +1,12 @@
-"""Exchange between the watchdogs of all ranks: a heartbeat file per rank, and the verdict of one of them.
+"""States of ranks, as heartbeats carry them, and the decision which ranks keep the others waiting."""
 
-No clocks are compared: a rank is silent if its heartbeat does not change while another rank looks at it.
-Price: one write of 200 bytes per rank and heartbeat. The files of others are read only when somebody waits.
-"""
-
-import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from threading import Thread
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.watchdog.progress import AGREE, TRAINER, WAIT
 
-__all__ = [
-    "ENDED",
-    "PatientFiles",
-    "RankState",
-    "Verdict",
-    "culprits_of",
-    "describe",
-    "place_of",
-    "read_states",
-    "to_json",
-    "write_atomically",
-]
+__all__ = ["ENDED", "RankState", "Verdict", "culprits_of", "describe", "place_of"]
 
 WAITING_STAGES = ("plan", "broadcast", "reduce", "close", WAIT, AGREE)
 """Stages in which a rank waits for other ranks."""
@@ -59,50 +38,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     message: str
     ranks: Sequence[RankState]
-
-
-class PatientFiles:
-    """Runs file operations in a thread of their own: a hung file system must not stop the watchdog."""
-
-    def __init__(self) -> None:
-        """Begin without an operation."""
-        self._thread: Thread | None = None
-
-    def run(self, operation: Callable[[], None], timeout_s: float = 2.0) -> None:
-        """Run `operation`, and return after `timeout_s` at the latest. Do nothing while an earlier one still runs."""
-        if self._thread is not None and self._thread.is_alive():
-            return
-
-        def guarded() -> None:
-            # A full disk or a deleted folder is no reason to end the watchdog.
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                operation()
-
-        self._thread = Thread(target=guarded, name="watchdog files", daemon=True)
-        self._thread.start()
-        self._thread.join(timeout_s)
-
-    def finish(self, timeout_s: float = 2.0) -> None:
-        """Wait for an operation in progress."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that readers see whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def read_states(folder: RunFolder, attempt: int, num_ranks: int) -> dict[int, RankState]:
-    """Return the last state of every rank that has written one."""
-    states = {}
-    for rank in range(num_ranks):
-        # A rank that cannot be read now is compared with what was read before.
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            states[rank] = msgspec.json.decode(folder.heartbeat(attempt, rank).read_bytes(), type=RankState)
-    return states
 
 
 def culprits_of(states: Mapping[int, RankState], silent: Sequence[int], limit_s: float) -> list[RankState]:
@@ -152,8 +87,3 @@ def _describe_one(state: RankState) -> str:
     if state.silent:
         return f"{name} is silent: stopped, or its node is lost (last seen in {place})"
     return f"{name} is stuck for {state.stalled_s:.0f} s ({place})"
-
-
-def to_json(value: Any) -> bytes:
-    """Return one line of JSON."""
-    return msgspec.json.encode(value) + b"\n"
