@@ -130,7 +130,7 @@ def test_scalars_are_those_of_their_step_although_the_trainer_uses_their_memory_
         buffer.copy_(cuda.tensor(values))
         on_host.copy_(values)
         steps.append(StepScalars({"norm": 100.0, "reward": 100.0}, domain_ids))
-        steps[-1].add({"norm": buffer, "reward": on_host}, slice(None), step)
+        steps[-1].add(steps[-1].copies_of({"norm": buffer, "reward": on_host}, slice(None), step), slice(None))
         assert not steps[-1].are_on_host
     for step, recorded in enumerate(steps):
         rows = recorded.rows(K).reshape(2, 3, K)
@@ -201,7 +201,8 @@ def test_losses_on_another_accelerator_are_summed_on_the_host() -> None:
     assert sums.are_on_host
 
     scalars = StepScalars({"norm": 10.0}, batch.domain_ids)
-    scalars.add({"norm": torch.ones(B).as_subclass(MpsTensor)}, slice(None), 0)
+    copies = scalars.copies_of({"norm": torch.ones(B).as_subclass(MpsTensor)}, slice(None), 0)
+    scalars.add(copies, slice(None))
     assert scalars.rows(K)[1].sum() == B
 
 

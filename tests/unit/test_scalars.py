@@ -108,6 +108,28 @@ def test_wrong_scalars_are_refused(config: Config) -> None:
         plane.record(batch, losses[4:], rows=slice(4, 8))
 
 
+@pytest.mark.parametrize(
+    ("losses", "scalars"),
+    [
+        (np.ones((8, 15)), {"grad_norm": np.full(8, 3.0)}),
+        (np.full((8, 16), "high"), {"grad_norm": np.full(8, 3.0)}),
+        (np.ones((8, 16)), {"grad_norm": np.full(8, 3.0), "reward": np.ones(7)}),
+        (np.ones((8, 16)), {"grad_norm": np.full(8, 3.0), "reward": [1.0]}),
+        (np.ones((8, 16)), {"grad_norm": np.full(8, 3.0), "reward": np.full(8, "high")}),
+    ],
+)
+def test_a_call_that_is_refused_records_nothing(config: Config, losses: Any, scalars: dict[str, Any]) -> None:
+    with DataPlane.open(config, Local()) as plane:
+        batch = next(iter(plane))
+        with pytest.raises((ValueError, TypeError)):
+            plane.record(batch, losses, scalars=scalars)
+        plane.record(batch, np.ones((8, 16)), scalars={"grad_norm": np.full(8, 2.0)})
+        plane.state_dict()
+        (statistics,) = plane.completed_statistics()
+        assert statistics.scalars["grad_norm"].total.sum() == pytest.approx(8 * 2.0)
+        assert statistics.num_tokens.sum() == 8 * 16
+
+
 def test_a_scale_must_be_above_0(collection: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"dataplane\.scalars\.x is 0; expected"):
         compose([*collection, "dataplane.scalars={x: 0}"])

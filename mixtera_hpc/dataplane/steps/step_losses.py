@@ -133,15 +133,16 @@ class StepLosses:
                 f"Sequence {position} of step {self._step} was recorded 2 times.\n"
                 "  Call record() once for every micro-batch, with its rows."
             )
+        # Only sums are kept: the losses of a step would be B x T numbers. Values that are no numbers are refused here.
+        sums = None if is_on_cuda(loss) else _host_sums(recorded)
         self._is_recorded[rows, columns] = True
         self.are_complete = self._is_enough_recorded()
-        # Only sums are kept: the losses of a step would be B x T numbers.
-        if is_on_cuda(loss):
+        if sums is None:
             self._add_on_device(rows, recorded)
         else:
             assert recorded.counted is not None  # Only losses on a device leave it out.
             self._num_tokens[rows] += recorded.counted
-            self._on_host.append((rows, _host_sums(recorded)))
+            self._on_host.append((rows, sums))
 
     def total(self) -> NDArray[np.int64]:
         """Return the sums over the losses of a finished step; shape (NUM_BUFFER_ROWS, K).

@@ -17,6 +17,9 @@ from mixtera_hpc.errors import CommError, did_you_mean
 if TYPE_CHECKING:
     from mixtera_hpc.dataplane.steps.device_sums import HostCopy
 
+    ScalarValues = NDArray[np.float64] | HostCopy
+    """Values of a scalar, one per row, on the host or on their way to it."""
+
 __all__ = ["NUM_SCALAR_CHECKS", "StepScalars", "checks_of", "values_per_domain"]
 
 NUM_SCALAR_CHECKS = 16
@@ -38,17 +41,18 @@ class StepScalars:
         """
         self._scales = scales
         self._domain_ids = domain_ids
-        self._recorded: dict[str, list[tuple[Rows, NDArray[np.float64] | HostCopy]]] = {}
+        self._recorded: dict[str, list[tuple[Rows, ScalarValues]]] = {}
         self._has_value = {name: np.zeros(len(domain_ids), np.bool_) for name in scales}
 
-    def add(self, scalars: Mapping[str, Any], rows: Rows, step: int) -> None:
-        """Add values of some rows; see `DataPlane.record`.
+    def copies_of(self, scalars: Mapping[str, Any], rows: Rows, step: int) -> "dict[str, ScalarValues]":
+        """Check values of some rows, see `DataPlane.record`, and return copies for `add`.
 
         Raises:
             ValueError: a scalar is not declared, or has another shape.
             CommError: it was recorded before.
         """
         expected = self._domain_ids[rows].shape
+        copies: dict[str, ScalarValues] = {}
         for name, values in scalars.items():
             if name not in self._scales:
                 raise ValueError(
@@ -56,17 +60,22 @@ class StepScalars:
                     f"{did_you_mean(name, list(self._scales))}\n"
                     f"  Set dataplane.scalars.{name} to its largest absolute value."
                 )
-            if tuple(values.shape) != expected:
-                raise ValueError(
-                    f"record() got {name!r} of shape {tuple(values.shape)}, expected a number per sequence: {expected}."
-                )
+            shape = tuple(values.shape) if hasattr(values, "shape") else np.shape(values)
+            if shape != expected:
+                raise ValueError(f"record() got {name!r} of shape {shape}, expected a number per sequence: {expected}.")
             if self._has_value[name][rows].any():
                 raise CommError(
                     f"The scalar {name!r} of step {step} was recorded 2 times for a sequence.\n"
                     "  Record it once for every micro-batch, with its rows."
                 )
+            copies[name] = _copy_of(values)
+        return copies
+
+    def add(self, copies: "Mapping[str, ScalarValues]", rows: Rows) -> None:
+        """Add what `copies_of` has checked."""
+        for name, values in copies.items():
             self._has_value[name][rows] = True
-            self._recorded.setdefault(name, []).append((rows, _copy_of(values)))
+            self._recorded.setdefault(name, []).append((rows, values))
 
     @property
     def are_on_host(self) -> bool:
@@ -87,7 +96,7 @@ class StepScalars:
         return np.concatenate(blocks)
 
 
-def _copy_of(values: Any) -> "NDArray[np.float64] | HostCopy":
+def _copy_of(values: Any) -> "ScalarValues":
     """Return the values as they are now: the trainer may use their memory again in the next step."""
     if not is_on_cuda(values):
         return np.array(on_host(values))
@@ -97,7 +106,7 @@ def _copy_of(values: Any) -> "NDArray[np.float64] | HostCopy":
     return HostCopy(values.detach().double())
 
 
-def _array(values: "NDArray[np.float64] | HostCopy") -> NDArray[np.float64]:
+def _array(values: "ScalarValues") -> NDArray[np.float64]:
     """Return the values; waits for a device."""
     return values if isinstance(values, np.ndarray) else values.array()
 

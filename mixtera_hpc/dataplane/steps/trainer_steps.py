@@ -75,9 +75,10 @@ class TrainerSteps:
         """Add losses of an open step; see `DataPlane.record`."""
         step = self._open.named(step_of(batch), "record")
         rows = step.losses.rows_at(positions_of(batch), part.rows)
-        if part.scalars:
-            step.scalars.add(part.scalars, rows, step.number)
+        # All or nothing: the caller may correct a refused call and repeat it.
+        scalars = step.scalars.copies_of(part.scalars or {}, rows, step.number)
         step.losses.add(loss, rows, part.tokens, part.num_tokens)
+        step.scalars.add(scalars, rows)
         self._reducer.advance()
 
     def finish(self, batch: Batch | Mapping[str, Any]) -> None:
