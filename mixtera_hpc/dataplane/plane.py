@@ -240,8 +240,8 @@ class DataPlane:
                 sequences, those of a group's first rank count.
 
         Raises:
-            ValueError: the step is finished or was not handed out, or the losses have another shape; nothing is recorded.
-            CommError: the losses were recorded before; nothing is recorded.
+            ValueError: the step is finished or was not handed out, or the losses have another shape.
+            CommError: the losses were recorded before. A refused call records nothing.
         """
         part = RecordedPart(rows=rows, tokens=tokens, num_tokens=num_tokens, scalars=scalars)
         self._session.record(batch, loss, part)

@@ -23,6 +23,7 @@ from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent, LearningL
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.reading.lane_count import lanes_in_use
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.errors import list_names
@@ -110,6 +111,7 @@ class RunRecorder:
                     "vocab_size": source.tokenizer.vocab_size if source.tokenizer else 0,
                     "seq_len": plane.seq_len,
                     "global_batch_size": plane.global_batch_size,
+                    "lanes": lanes_in_use(plane),
                     "domains": source.names,
                 }
             )

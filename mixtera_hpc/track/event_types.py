@@ -26,6 +26,8 @@ class AttemptEvent(TypedDict, total=False):
     vocab_size: int
     seq_len: int
     global_batch_size: int
+    lanes: int | None
+    """Number of lanes of `dataplane.shuffle=window`; null for other orders."""
     domains: list[str]
     """Names of the K domains."""
 

@@ -61,10 +61,11 @@ class ProgressPrinter:
 
 
 def _attempt_text(event: Mapping[str, Any]) -> str:
+    lanes = f", {pluralize(event['lanes'], 'lane')}" if event.get("lanes") else ""
     return (
         f"starts: {pluralize(event['num_ranks'], 'rank')} on {pluralize(event['num_nodes'], 'node')}, "
         f"{event['device']}, {event['num_parameters'] / 1e6:.2f} M parameters, "
-        f"{pluralize(len(event['domains']), 'domain')}"
+        f"{pluralize(len(event['domains']), 'domain')}{lanes}"
     )
 
 

@@ -21,6 +21,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.plane_state import STATE_KEY
+from mixtera_hpc.dataplane.reading.lane_count import lanes_in_use
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
 from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
@@ -345,6 +346,7 @@ class Trainer:
             "vocab_size": self._plane.vocab_size,
             "seq_len": self._config.dataplane.seq_len,
             "global_batch_size": self._config.dataplane.global_batch_size,
+            "lanes": lanes_in_use(self._plane.config.dataplane),
             "domains": self._plane.domain_names,
         }
 

@@ -174,7 +174,7 @@ def test_a_run_continues_on_ranks_that_its_past_batches_do_not_fit(cli: Cli, sma
     words = [f"run.root={tmp_path}", "training.num_steps=6", *ramp]
     assert "global_batch_size=8 cannot be shared evenly by 3 ranks" in cli("run", *small, *words, ranks=3, rc=2).stderr
     assert not (tmp_path / "small").exists()
-    cli("run", *small, *words)
+    assert "domains, 16 lanes\n" in cli("run", *small, *words).stderr
     folder = only_run(tmp_path)
     cli("resume", folder, "training.num_steps=9", ranks=3)
     verdict = json.loads(cli("trace", folder, "--verify", "--json").stdout)

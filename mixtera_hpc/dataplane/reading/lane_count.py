@@ -21,7 +21,7 @@ from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
-__all__ = ["default_lanes", "lanes_of_batch"]
+__all__ = ["default_lanes", "lanes_in_use", "lanes_of_batch"]
 
 Floats = NDArray[np.float64]
 
@@ -56,6 +56,11 @@ def default_lanes(plane: DataPlaneConfig, layout: StreamLayout, shard_formats: S
         while lanes > MIN_LANES and sizes.window_bytes(lanes) > MAX_WINDOW_BYTES:
             lanes //= 2
     return lanes
+
+
+def lanes_in_use(plane: DataPlaneConfig) -> int | None:
+    """Return the number of lanes of an open data plane; None for orders without lanes."""
+    return plane.lanes if plane.shuffle == "window" else None
 
 
 def lanes_of_batch(plane: DataPlaneConfig) -> int:
