@@ -20,7 +20,8 @@ from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests, RankPosition, ReadyAgreement
-from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
+from mixtera_hpc.dataplane.steps.reduction.step_buffer import StepContribution
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags, StepReducer
 
 CHUNK_STEPS = 10
 POLL_S = 2e-3
@@ -80,10 +81,10 @@ def reduction_action(comm: Communicator, num_domains: int) -> Action:
     """Return a function that reduces the losses of a step, given its number."""
     batch_slice = BatchSlice(group=comm.rank, num_groups=comm.size)
     reducer = StepReducer(comm, num_domains, lambda step: 8 * comm.size, batch_slice)
-    rows = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
+    contribution = StepContribution(rows=np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64))
 
     def reduce(number: int) -> None:
-        reducer.post(number, rows, RankFlags(stop=False, save=False, digest=7))
+        reducer.post(number, contribution, RankFlags(stop=False, save=False, digest=7))
         while not reducer.poll():
             time.sleep(POLL_S)
 

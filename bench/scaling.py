@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench._results import write_results
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of
+from mixtera_hpc.dataplane.steps.reduction.stage_times import maxima_of
 from mixtera_hpc.report.scaling.scaling_model import AGREEMENT_BYTES, broadcast_bytes, reduction_bytes
 
 DOMAINS = 100

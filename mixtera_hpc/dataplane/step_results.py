@@ -8,7 +8,7 @@ from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
 from mixtera_hpc.dataplane.plans.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.flag_exchange import AgreedRequests
-from mixtera_hpc.dataplane.steps.step_reducer import StepResult
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import StepResult
 
 __all__ = ["StepResults"]
 

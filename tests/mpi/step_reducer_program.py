@@ -9,12 +9,10 @@ python forked_ranks.py N step_reducer_program.py
 
 import time
 
-import numpy as np
-
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
+from mixtera_hpc.dataplane.steps.reduction.step_buffer import StepContribution
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags, StepReducer
 
 
 def main() -> None:
@@ -26,7 +24,7 @@ def main() -> None:
         def post(step: int) -> None:
             digest = 8 if comm.rank == 1 and step == 2 else 7
             flags = RankFlags(stop=False, save=False, digest=digest)
-            reducer.post(step, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), flags)
+            reducer.post(step, StepContribution(), flags)
 
         for step in range(9):
             post(step)

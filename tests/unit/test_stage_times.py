@@ -9,14 +9,15 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.chunk_plan import PlannerState
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
+from mixtera_hpc.core.statistics import STAGES, StageMaxima
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import batch_maker
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_alone
-from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
+from mixtera_hpc.dataplane.steps.reduction.stage_times import maxima_of, pack_times, times_alone
+from mixtera_hpc.dataplane.steps.reduction.step_buffer import StepContribution
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags, StepReducer
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 
 
@@ -45,7 +46,7 @@ def test_the_reduction_carries_the_times_of_every_rank() -> None:
         reducer = StepReducer(comm, 3, lambda step: 5, BatchSlice(group=comm.rank, num_groups=5))
         times = {"read": 2.0 if comm.rank == 3 else 0.1, "plan": 0.5 if comm.rank == 0 else 0.0}
         flags = RankFlags(stop=False, save=False, digest=7, times=times)
-        reducer.post(0, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), flags)
+        reducer.post(0, StepContribution(), flags)
         (result,) = reducer.wait_for(0)
         return result.statistics.stages
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags, StepReducer
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
 
 FLAGS = RankFlags(stop=False, save=False, digest=1)
 

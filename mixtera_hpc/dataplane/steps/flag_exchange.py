@@ -11,7 +11,7 @@ import numpy as np
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests
-from mixtera_hpc.dataplane.steps.step_reducer import StepResult
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import StepResult
 
 __all__ = ["AgreedRequests", "FlagExchange"]
 

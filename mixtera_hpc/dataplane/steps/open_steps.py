@@ -13,8 +13,8 @@ from typing import Any
 
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.dataplane.steps.step_reducer import RankFlags
 from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 from mixtera_hpc.errors import ConfigError
 

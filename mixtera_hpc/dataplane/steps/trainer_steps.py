@@ -16,8 +16,8 @@ from mixtera_hpc.dataplane.step_results import StepResults
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
 from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, RecordedPart, unknown_progress_error
 from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests
+from mixtera_hpc.dataplane.steps.reduction.step_reducer import StepReducer
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
-from mixtera_hpc.dataplane.steps.step_reducer import StepReducer
 
 __all__ = ["TrainerSteps"]
 

@@ -1,1 +1,1 @@
-"""The watchdog: which rank does not get on, where it is, and the end of a run that nobody can continue."""
+"""The watchdog: which rank makes no progress, where it is, and the end of a run that cannot continue."""

@@ -9,15 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator
+from mixtera_hpc.dataplane.steps.reduction.step_buffer import BufferFlags, StepContribution
 from mixtera_hpc.errors import CommError
 
-__all__ = ["NUM_FLAGS", "Reduction", "raise_mismatch"]
+__all__ = ["Reduction", "raise_mismatch"]
 
 Ints = NDArray[np.int64]
-
-NUM_FLAGS = 7
-"""Integers that follow the losses in the buffer: stop, save, whether a group recorded in part, how far the contents of
-peers differ, rows of padding among those that were recorded, sum of the group numbers that recorded, digest."""
 
 
 @dataclass(slots=True)
@@ -28,11 +25,10 @@ class Reduction:
     buffer: Ints
     result: Ints
     request: CollectiveRequest
+    contribution: StepContribution
+    """What this rank recorded."""
     contents: tuple[str, ...]
-    num_recorded: int
-    """Tokens that this rank recorded, of a step whose parts did not fit together."""
-    num_values: int = 0
-    """Values of scalars that this rank recorded."""
+    """With `dataplane.audit`, the digest of every sequence that this rank handed out."""
     has_other_scalars: bool = False
     """True if peers that recorded the same losses recorded scalars of other sequences."""
 
@@ -44,13 +40,14 @@ def raise_mismatch(comm: Communicator, group: int, reduction: Reduction) -> None
     which is the same call of the program on every rank. They may have started reductions of later steps, and not
     all of them the same.
     """
-    digests = comm.Allgather(reduction.buffer[-1:])[:, 0]
+    digests = comm.Allgather(np.array([BufferFlags.of(reduction.buffer).digest], np.int64))[:, 0]
     values, counts = np.unique(digests, return_counts=True)
     differing = np.flatnonzero(digests != values[np.argmax(counts)])
     if not len(differing):
-        if int(reduction.result[-NUM_FLAGS + 2]):
+        sums = BufferFlags.of(reduction.result)
+        if sums.is_partial:
             _raise_misfit(comm, group, reduction)
-        if int(reduction.result[-NUM_FLAGS + 3]):
+        if sums.content:
             _raise_other_contents(comm, group, reduction)
         if reduction.has_other_scalars:
             _raise_other_scalars(comm, group, reduction)
@@ -63,7 +60,7 @@ def raise_mismatch(comm: Communicator, group: int, reduction: Reduction) -> None
 
 def _raise_partial(comm: Communicator, group: int, reduction: Reduction) -> None:
     """Name the ranks that did not record a step that others recorded. **Collective.**"""
-    recorded = int(reduction.buffer[-2] != 0)
+    recorded = int(reduction.contribution.has_sequences)
     by_rank = comm.Allgather(np.array([group, recorded], np.int64))
     copies = np.bincount(by_rank[:, 0], weights=by_rank[:, 1])
     # In groups with fewer copies than others, the ranks that did not record.
@@ -76,8 +73,8 @@ def _raise_partial(comm: Communicator, group: int, reduction: Reduction) -> None
 
 def _raise_other_scalars(comm: Communicator, group: int, reduction: Reduction) -> None:
     """Name the ranks of a group that recorded the same losses and other scalars. **Collective.**"""
-    recorded = int(reduction.buffer[-2] != 0)
-    by_rank = comm.Allgather(np.array([group, recorded, reduction.num_values], np.int64))
+    recorded = int(reduction.contribution.has_sequences)
+    by_rank = comm.Allgather(np.array([group, recorded, reduction.contribution.num_scalar_values], np.int64))
     recorders = by_rank[:, 1] == 1
     groups = by_rank[recorders, 0]
     values = by_rank[recorders, 2]
@@ -93,8 +90,8 @@ def _raise_other_scalars(comm: Communicator, group: int, reduction: Reduction) -
 
 def _raise_misfit(comm: Communicator, group: int, reduction: Reduction) -> None:
     """Name the ranks whose parts of the losses do not add up to whole sequences. **Collective.**"""
-    is_partial = int(reduction.buffer[-NUM_FLAGS + 2])
-    by_rank = comm.Allgather(np.array([group, is_partial, reduction.num_recorded], np.int64))
+    contribution = reduction.contribution
+    by_rank = comm.Allgather(np.array([group, contribution.is_partial, contribution.num_recorded], np.int64))
     group = int(by_rank[np.argmax(by_rank[:, 1]), 0])
     ranks = np.flatnonzero(by_rank[:, 0] == group)
     raise CommError(

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, wait
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, ZeroStatistics, statistics_from_buffer
+from mixtera_hpc.core.statistics import DomainStatistics, ZeroStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
-from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times, times_alone
+from mixtera_hpc.dataplane.steps.reduction.stage_times import maxima_of, pack_times, times_alone
+from mixtera_hpc.dataplane.steps.reduction.step_buffer import BufferFlags, BufferLayout, StepContribution
+from mixtera_hpc.dataplane.steps.reduction.step_mismatch import Reduction, raise_mismatch
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
-from mixtera_hpc.dataplane.steps.step_scalars import NUM_SCALAR_CHECKS, StepScalars, checks_of, values_per_domain
+from mixtera_hpc.dataplane.steps.step_scalars import StepScalars, checks_of
 
 __all__ = ["RankFlags", "StepReducer", "StepResult"]
 
@@ -64,17 +65,6 @@ class StepResult(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Merge:
-    """A step whose parts are on their way inside the group."""
-
-    step: int
-    flags: RankFlags
-    pending: PendingParts
-    scalars: Ints
-    num_recorded: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _WaitingStep:
     """A finished step whose losses may be on their way from an accelerator."""
 
@@ -82,6 +72,7 @@ class _WaitingStep:
     losses: StepLosses
     flags: RankFlags
     is_counted: bool
+    """False for a step that was not finished: its losses are left out."""
     scalars: StepScalars | None
 
     @property
@@ -122,10 +113,7 @@ class StepReducer:
         self._reductions = comm.Dup()
         self._num_domains = num_domains
         self._scales = scales or {}
-        self._num_rows = NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(self._scales)
-        num_checks = NUM_SCALAR_CHECKS if self._scales else 0
-        self._end_of_rows = comm.size + self._num_rows * num_domains
-        self._buffer_size = self._end_of_rows + num_checks + NUM_FLAGS
+        self._layout = BufferLayout(comm.size, num_domains, len(self._scales))
         self._size_of_step = size_of_step
         self._group = batch_slice.group
         # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
@@ -142,7 +130,7 @@ class StepReducer:
         self._loss_log = loss_log
         self._waiting: deque[_WaitingStep] = deque()
         """Steps whose losses may be on their way from an accelerator, in order; the newest ones."""
-        self._merging: deque[_Merge] = deque()
+        self._merging: deque[tuple[_WaitingStep, PendingParts]] = deque()
         """Steps whose parts are on their way, in order; their reductions start after those of `_running`."""
         self._running: deque[Reduction] = deque()
         self._results: list[StepResult] = []
@@ -182,90 +170,61 @@ class StepReducer:
         """Start the reduction of the oldest step that waits for its losses; wait for the device."""
         waiting = self._waiting.popleft()
         losses = waiting.losses
-        is_counted = waiting.is_counted
-        if self._parts is None and not self._scales and not (is_counted and losses.has_losses):
-            self.post(waiting.step, None, waiting.flags)
+        if self._parts is not None:
+            self._merging.append((waiting, self._parts.start(losses, waiting.is_counted)))
             return
-        scalars = np.zeros((self._num_rows - NUM_BUFFER_ROWS, self._num_domains), np.int64)
-        if waiting.scalars is not None and is_counted:
-            scalars = waiting.scalars.rows(self._num_domains)
-        if self._parts is None:
-            nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
-            num_padding = losses.num_padding if is_counted and losses.has_losses else 0
-            rows = np.concatenate([losses.total() if is_counted else nothing, scalars])
-            checks = checks_of(scalars) if self._scales and is_counted and losses.has_losses else None
-            self.post(waiting.step, rows, waiting.flags, num_padding=num_padding, checks=checks)
-            if self._loss_log and is_counted and losses.has_losses:
-                self._loss_log.write(waiting.step, losses.positions, losses.means())
-        else:
-            pending = self._parts.start(losses, is_counted)
-            self._merging.append(
-                _Merge(
-                    step=waiting.step,
-                    flags=waiting.flags,
-                    pending=pending,
-                    scalars=scalars,
-                    num_recorded=losses.num_recorded_tokens,
-                )
-            )
+        self.post(waiting.step, self._contribution_of(waiting), waiting.flags)
+        if self._loss_log and waiting.is_counted and losses.has_losses:
+            self._loss_log.write(waiting.step, losses.positions, losses.means())
+
+    def _contribution_of(self, waiting: _WaitingStep) -> StepContribution:
+        """Return what this rank recorded of a step, where ranks record whole sequences."""
+        losses = waiting.losses
+        if not waiting.is_counted or not (self._scales or losses.has_losses):
+            return StepContribution()
+        scalars = self._scalar_rows(waiting)
+        rows = np.concatenate([losses.total(), scalars])
+        if not losses.has_losses:
+            return StepContribution(rows=rows)
+        checks = checks_of(scalars) if self._scales else None
+        return StepContribution(rows=rows, num_padding=losses.num_padding, checks=checks)
+
+    def _scalar_rows(self, waiting: _WaitingStep) -> Ints:
+        """Return the sums of this rank's scalars of a step; shape (ROWS_PER_SCALAR × number of scalars, K)."""
+        if waiting.scalars is None or not waiting.is_counted:
+            return np.zeros((ROWS_PER_SCALAR * len(self._scales), self._num_domains), np.int64)
+        return waiting.scalars.rows(self._num_domains)
 
     def advance(self) -> None:
         """Start the reductions of the steps whose losses are here and have met. Does not block; not collective."""
         while self._waiting and self._waiting[0].is_ready:
             self._post_waiting()
-        while self._merging and self._merging[0].pending.request.Test():
+        while self._merging and self._merging[0][1].request.Test():
             self._post_merged()
 
-    def post(
-        self,
-        step: int,
-        rows: Ints | None,
-        flags: RankFlags,
-        *,
-        num_padding: int = 0,
-        is_partial: bool = False,
-        num_recorded: int = 0,
-        checks: Ints | None = None,
-    ) -> None:
+    def post(self, step: int, contribution: StepContribution, flags: RankFlags) -> None:
         """Start the reduction of `step`. Every rank starts those of all steps, in order, at a time of its own.
 
         Args:
             step: the training step after the one of the previous call.
-            rows: this rank's sums, shape (NUM_BUFFER_ROWS, K), and rows of scalars if the run has any; see
-                `core.statistics.accumulate_losses` and `core.measures.scalars`. None if it recorded nothing.
+            contribution: what this rank recorded.
             flags: what this rank reports about the step.
-            num_padding: rows of padding that were recorded besides the sequences in `rows`.
-            is_partial: whether the parts that the ranks of this group recorded do not fit together.
-            num_recorded: tokens that this rank recorded, if so.
-            checks: numbers that show which sequences have scalars (`checks_of`), shape (NUM_SCALAR_CHECKS,). None if
-                this rank recorded no losses, or the run has no scalars.
         """
-        buffer = self._filled_buffer(rows, flags, num_padding, is_partial, checks)
+        content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
+        buffer_flags = BufferFlags(
+            stop=flags.stop,
+            save=flags.save,
+            is_partial=contribution.is_partial,
+            content=content,
+            num_padding=contribution.num_padding,
+            vote=self._group_hash if contribution.has_sequences else 0,
+            digest=flags.digest & DIGEST_MASK,
+        )
+        buffer = self._layout.fill(self._comm.rank, pack_times(flags.times), contribution, buffer_flags)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
-        num_values = int(values_per_domain(rows[NUM_BUFFER_ROWS:]).sum()) if rows is not None else 0
-        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
-
-    def _filled_buffer(
-        self, rows: Ints | None, flags: RankFlags, num_padding: int, is_partial: bool, checks: Ints | None
-    ) -> Ints:
-        """Return what this rank adds to the sums of a step: the stage times, then rows, checks and flags."""
-        # One buffer, so that times, losses and flags need a single collective.
-        buffer = np.zeros(self._buffer_size, np.int64)
-        buffer[self._comm.rank] = pack_times(flags.times)
-        has_sequences = num_padding > 0
-        if rows is not None:
-            buffer[self._comm.size : self._end_of_rows] = rows.reshape(-1)
-            has_sequences |= bool(rows[2].any())
-        if checks is not None:
-            buffer[self._end_of_rows : -NUM_FLAGS] = checks
-
-        content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
-        vote = self._group_hash if has_sequences else 0
-        digest = flags.digest & DIGEST_MASK
-        buffer[-NUM_FLAGS:] = flags.stop, flags.save, is_partial, content, num_padding, vote, digest
-        return buffer
+        self._running.append(Reduction(step, buffer, result, request, contribution, flags.contents))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -290,34 +249,31 @@ class StepReducer:
 
     def drain(self) -> list[StepResult]:
         """Return the same as `poll`, after waiting for all reductions, without checking them. **Collective.**"""
-        steps = [r.step for r in self._running] + [m.step for m in self._merging] + [w.step for w in self._waiting]
+        steps = [r.step for r in self._running] + [w.step for w, _ in self._merging] + [w.step for w in self._waiting]
         if steps:
             self._complete_to(steps[-1])
         return self._take_results()
 
     def _post_merged(self) -> None:
         """Start the reduction of the oldest step whose parts have met."""
-        merge = self._merging.popleft()
-        losses = merge.pending.merge()
-        # All ranks of the group have the same sums; one of them contributes.
-        sums = np.concatenate([losses.rows, merge.scalars])
-        rows = sums if self._is_leader else np.zeros_like(sums)
-        self.post(
-            merge.step,
-            rows,
-            merge.flags,
-            num_padding=losses.num_padding if self._is_leader else 0,
-            is_partial=losses.is_partial,
-            num_recorded=merge.num_recorded if losses.is_partial else 0,
+        waiting, pending = self._merging.popleft()
+        losses = pending.merge()
+        contribution = StepContribution(
+            is_partial=losses.is_partial, num_recorded=waiting.losses.num_recorded_tokens if losses.is_partial else 0
         )
+        # All ranks of the group have the same sums; one of them contributes.
+        if self._is_leader:
+            rows = np.concatenate([losses.rows, self._scalar_rows(waiting)])
+            contribution = replace(contribution, rows=rows, num_padding=losses.num_padding)
+        self.post(waiting.step, contribution, waiting.flags)
         if self._loss_log and self._is_leader and losses.means is not None:
-            self._loss_log.write(merge.step, merge.pending.positions, losses.means)
+            self._loss_log.write(waiting.step, pending.positions, losses.means)
 
     def _complete_to(self, step: int) -> None:
         while self._waiting and self._waiting[0].step <= step:
             self._post_waiting()
-        while self._merging and self._merging[0].step <= step:
-            wait(self._merging[0].pending.request)
+        while self._merging and self._merging[0][0].step <= step:
+            wait(self._merging[0][1].request)
             self._post_merged()
         while self._running and self._running[0].step <= step:
             # Time spent here means that the network, or another rank, is slower than a step.
@@ -333,32 +289,32 @@ class StepReducer:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         num_ranks = self._comm.size
-        rows = reduction.result[num_ranks : self._end_of_rows].reshape(self._num_rows, self._num_domains)
-        checks = reduction.result[self._end_of_rows : -NUM_FLAGS]
-        stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
+        rows = self._layout.rows(reduction.result)
+        sums = BufferFlags.of(reduction.result)
 
         # Equal digests add up to a multiple of this rank's own.
-        own_digest = int(reduction.buffer[-1])
-        differs = digest_sum != self._comm.size * own_digest
+        differs = sums.digest != num_ranks * BufferFlags.of(reduction.buffer).digest
         # Every group must have recorded the same number of copies; of equal copies one is the quotient.
-        num_sequences = int(rows[2].sum()) + num_padding
+        num_sequences = int(rows[2].sum()) + sums.num_padding
         global_batch_size = self._size_of_step(reduction.step)
         num_copies = max(num_sequences // global_batch_size, 1)
         is_partial = num_sequences > 0 and (
-            num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
+            num_sequences != num_copies * global_batch_size or sums.vote != num_copies * self._all_groups_hash
         )
-        stages = maxima_of(reduction.result[:num_ranks]) if self._comm.rank == 0 else None
+        stages = maxima_of(self._layout.packed_times(reduction.result)) if self._comm.rank == 0 else None
         if num_sequences == 0 and not self._scales:
             statistics = self._without_losses.of_step(reduction.step, stages)
         else:
             statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales, stages)
+        checks = self._layout.checks(reduction.result)
         reduction.has_other_scalars = not is_partial and bool((checks % num_copies).any())
-        is_wrong = differs or is_partial or num_partial or content_sum or reduction.has_other_scalars
+        is_wrong = differs or is_partial or sums.is_partial or sums.content or reduction.has_other_scalars
         if is_wrong and self._mismatch is None:
             self._mismatch = reduction
 
         waited_s = reduce_s if num_ranks > 1 else None
-        self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=waited_s))
+        result = StepResult(statistics=statistics, stop=sums.stop > 0, save=sums.save > 0, reduce_s=waited_s)
+        self._results.append(result)
 
 
 def _digest_of(contents: tuple[str, ...]) -> int:

@@ -1,0 +1,1 @@
+"""The reduction of each step over all ranks."""
