@@ -35,6 +35,7 @@ from mixtera_hpc.dataplane.reading.unchanged.comparison_pace import MAX_PAUSE_S,
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing import writers
+from tests.unit.file_times import make_old, wait_for_new_time
 
 Row = dict[str, Any]
 NUM_ROWS = 30
@@ -77,7 +78,9 @@ def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(kind: str, folder: Path, letter: str = "a") -> list[Path]:
     folder.mkdir()
-    return FORMATS[kind][0](folder, rows(letter))
+    paths = FORMATS[kind][0](folder, rows(letter))
+    make_old(*paths)
+    return paths
 
 
 def configured(kind: str, data: Path) -> Config:
@@ -302,6 +305,7 @@ def test_a_restored_modification_time_hides_no_change(tmp_path: Path) -> None:
 
     def change() -> None:
         content = shard.read_bytes().replace(b"a", b"b")
+        wait_for_new_time(shard)
         # One write: a shorter file would be noticed by its size.
         with shard.open("r+b", buffering=0) as file:
             file.write(content)

@@ -34,6 +34,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing import writers
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from tests.unit.file_times import wait_for_new_time
 
 NUM_ROWS = 300
 BLOCK_ROWS = 16
@@ -398,6 +399,7 @@ def test_rows_that_change_between_their_read_and_their_decoding_are_not_served(
     assert mapped_of(maker).num_loads
     for shard in Path(source.index.data_root).glob("*.jsonl"):
         content = shard.read_bytes().replace(b"z", b"y")
+        wait_for_new_time(shard)
         with shard.open("r+b") as file:
             file.write(content)
     with pytest.raises(DataError, match="has changed while the run reads it"):

@@ -22,6 +22,7 @@ from mixtera_hpc.index.row_store.row_files import RowStoreFiles, RowStoreHeader
 from mixtera_hpc.index.row_store.row_job import write_rows
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from tests.unit.file_times import make_old
 
 ENDINGS = ("zst", "gz", "bz2", "xz")
 
@@ -229,7 +230,7 @@ def test_a_file_that_changes_while_its_rows_are_written_is_refused(overrides: li
     config = compose([*overrides, "data.materialize=never"])
     build_index(config)
     shard = tmp_path / "data" / "0" / "shard.jsonl.zst"
-    shard.write_bytes(shard.read_bytes())  # A new modification time.
+    make_old(shard)
     with pytest.raises(PropertyIndexError, match=r"(?s)is stale: 1 of .* not what was indexed:\n +0/shard.jsonl.zst"):
         write_rows(config, Local(), lambda plan: None, None)
 

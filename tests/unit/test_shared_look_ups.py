@@ -16,6 +16,7 @@ from mixtera_hpc.dataplane.reading.unchanged.shard_stamps import ShardStamps, sh
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.testing.thread_ranks import run_ranks
+from tests.unit.file_times import make_old, wait_for_new_time
 
 NAMES = [f"{letter}.jsonl" for letter in "abcdefgh"]
 ALL = np.arange(len(NAMES))
@@ -27,6 +28,7 @@ class Node:
     def __init__(self, root: Path, num_readers: int) -> None:
         for name in NAMES:
             (root / name).write_text("text " * 9)
+            make_old(root / name)
         self.root = root
         states = np.zeros((len(NAMES), 4), np.int64)
         for number, name in enumerate(NAMES):
@@ -47,6 +49,7 @@ class Node:
         """Replace the content of a shard, and keep its size and modification time."""
         path = self.root / name
         times = path.stat()
+        wait_for_new_time(path)
         path.write_text(text)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 

@@ -28,6 +28,7 @@ from mixtera_hpc.index.token_store.store_job import write_store
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from tests.unit.file_times import make_old, wait_for_new_time
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "<|endoftext|>", "again"]
 
@@ -237,6 +238,7 @@ def test_a_store_that_is_written_again_ends_the_run(overrides: list[str]) -> Non
         with DataPlane.open(compose([*overrides, "mixture=natural"]), Local()) as plane:
             batches = iter(plane)
             next(batches)
+            wait_for_new_time(files.tokens)
             damage()
             with pytest.raises(DataError, match=f"has changed while the run reads it: .*({problem})"):
                 list(batches)
@@ -312,8 +314,9 @@ def test_a_damaged_header_is_refused_with_a_cure(
 
 def test_data_that_changes_while_it_is_tokenized_is_refused(overrides: list[str], tmp_path: Path) -> None:
     config = compose(overrides)
-    build_index(config)
     shard = tmp_path / "data" / "2.jsonl"
+    make_old(shard)
+    build_index(config)
     content = shard.read_bytes()
     times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
     # As many tokens in every document.
