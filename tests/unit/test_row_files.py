@@ -12,6 +12,7 @@ from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.formats.batching import json_row_decoder
 from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
+from tests.unit.open_files import num_open
 
 ROW_BYTES = 12
 NUM_FILES = 9
@@ -69,11 +70,11 @@ def test_rows_come_in_order_whether_or_not_they_share_a_read(files: RowFiles, sh
 
 
 def test_no_more_files_are_open_than_allowed(files: RowFiles) -> None:
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - the entries change while they are listed.
+    before = num_open()
     read(files, [(shard, 1) for shard in range(NUM_FILES)])
-    assert len(os.listdir("/proc/self/fd")) <= before + 4  # noqa: PTH208
+    assert num_open() <= before + 4
     files.close()
-    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+    assert num_open() <= before
 
 
 def test_files_that_are_read_in_turn_stay_open(files: RowFiles, monkeypatch: pytest.MonkeyPatch) -> None:
