@@ -1,11 +1,15 @@
 """Read and write YAML files: those of a run folder, and those that people write."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["dump_yaml", "load_yaml", "parse_yaml_value", "read_yaml"]
+__all__ = ["dump_yaml", "load_yaml", "parse_yaml_text", "parse_yaml_value", "read_yaml"]
+
+_FLOAT_OF_OMEGACONF = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+"""Numbers for OmegaConf and Hydra, and texts for `yaml.safe_load`: 1e5."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -66,8 +70,31 @@ def parse_yaml_value(word: str, text: str) -> Any:
         raise ConfigError(f"{word!r} has no valid value: {str(error).splitlines()[0]}. Put it in quotes.") from None
 
 
-def dump_yaml(plain: dict[str, Any]) -> str:
-    """Return the text that `load_yaml` reads back. A `${…}` in it belongs to the shell and stays."""
+def parse_yaml_text(word: str, text: str) -> Any:
+    """Return a text or a list of texts that a person wrote as YAML: 007, 1e5 and true stay as typed, null is None.
+
+    Args:
+        word: what the value is part of, for messages.
+        text: the value, as YAML.
+
+    Raises:
+        ConfigError: it is not valid YAML.
+    """
     import yaml  # Imported here to keep --help fast.
 
-    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+    try:
+        value = yaml.load(f"value: {text}", yaml.BaseLoader)["value"]  # noqa: S506 - makes nothing but texts.
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ConfigError(f"{word!r} has no valid value: {str(error).splitlines()[0]}. Put it in quotes.") from None
+    return None if text.strip() == "null" else value
+
+
+def dump_yaml(plain: dict[str, Any]) -> str:
+    """Return the text that `load_yaml` and `read_yaml` read back. A `${…}` in it belongs to the shell and stays."""
+    import yaml  # Imported here to keep --help fast.
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        """Quotes every text that a reader takes for something else."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT_OF_OMEGACONF, list("-+0123456789"))
+    return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))

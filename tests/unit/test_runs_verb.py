@@ -44,6 +44,18 @@ def test_runs_are_filtered_by_name_value_choice_and_state(root: str, capsys: pyt
     assert len(names(root, capsys, "--last", "1")) == 1
 
 
+@pytest.mark.parametrize("text", ["007", "1e5", "308870072333", "12345e678901", "true", "x"])
+def test_texts_that_look_like_numbers_are_found(
+    text: str, make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"run.name={text}", f"job.command=[train.py,{text}]"]
+    root = prepare_run(make_config(*words), words, datetime.now(UTC)).path.parents[1]
+
+    for word in words:
+        assert names(str(root), capsys, word) == [text]
+    assert names(str(root), capsys, "run.name=1e50", "job.command=null") == []
+
+
 def test_a_line_has_the_steps_of_the_log_and_the_overrides(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "first", "--root", root]) == 0
 

@@ -10,9 +10,15 @@ from typing import Any
 from mixtera_hpc.cli.console import print_json
 from mixtera_hpc.cli.verbs.status import format_steps
 from mixtera_hpc.config.convert import unknown_key
-from mixtera_hpc.config.key_paths import groups, hint_of, schema_keys
+from mixtera_hpc.config.key_paths import (
+    groups,
+    hint_of,
+    schema_keys,
+    takes_texts,
+    without_none,
+)
 from mixtera_hpc.config.run_folder import RunFolder, find_runs, runs_root
-from mixtera_hpc.config.yaml_files import load_yaml, parse_yaml_value
+from mixtera_hpc.config.yaml_files import load_yaml, parse_yaml_text, parse_yaml_value
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, last_step, run_statuses
@@ -85,9 +91,11 @@ def _key_and_value(word: str) -> tuple[str, Any]:
         ConfigError: there is no such key.
     """
     path, _, text = word.partition("=")
-    if hint_of(path) is None:
+    hint = hint_of(path)
+    if hint is None:
         raise ConfigError(unknown_key(path, did_you_mean(path, [key.path for key in schema_keys()])))
-    return path, parse_yaml_value(word, text)
+    is_text = without_none(hint) is str or takes_texts(hint)
+    return path, parse_yaml_text(word, text) if is_text else parse_yaml_value(word, text)
 
 
 def _has_values(folder: RunFolder, values: Sequence[tuple[str, Any]]) -> bool:
