@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.mixing.from_config import config_bounds, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.configured_weights import config_bounds, max_epochs_per_domain
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError, DataError, MixtureError, pluralize
 from mixtera_hpc.launch.prepare import with_absolute_paths

@@ -11,8 +11,9 @@ from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.mixing.configured_weights import max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
-from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.errors import MixtureError
 

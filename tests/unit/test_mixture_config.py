@@ -12,8 +12,8 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.dataplane.mixing.configured_weights import config_bounds, config_weights
 from mixtera_hpc.dataplane.mixing.context import DomainSizes
-from mixtera_hpc.dataplane.mixing.from_config import config_bounds, config_weights
 from mixtera_hpc.errors import ConfigError, MixtureError
 
 NESTED = [

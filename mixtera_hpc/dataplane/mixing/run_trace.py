@@ -16,7 +16,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.mixing.replay.loss_trace import LossTrace
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.mixing.from_config import config_weights
+from mixtera_hpc.dataplane.mixing.configured_weights import config_weights
 from mixtera_hpc.dataplane.mixing.requests import read_decisions
 from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.reading.source import Source, open_source

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.mixing.from_config import query_weights
+from mixtera_hpc.dataplane.mixing.configured_weights import query_weights
 from mixtera_hpc.dataplane.reading.shared_index import select_subset
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.index.read.open import PropertyIndex

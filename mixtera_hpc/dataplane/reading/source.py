@@ -19,8 +19,9 @@ from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.lanes import LaneOrder
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.dataplane.mixing.configured_weights import max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
-from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.lookup.selected_samples import SelectedSamples, select_samples
