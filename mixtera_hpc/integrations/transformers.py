@@ -34,6 +34,7 @@ from mixtera_hpc.integrations.transformers_arguments import (
     check_trainer_arguments,
     check_training_arguments,
     check_vocabulary,
+    warn_of_unused_balance,
 )
 
 __all__ = ["PlaneTrainer"]
@@ -82,6 +83,9 @@ class PlaneTrainer(Trainer):
         check_training_arguments(self.args, plane)
         check_vocabulary(self.model, plane)
         check_positions(self.model, plane)
+        has_own_inputs = type(self).model_inputs is not PlaneTrainer.model_inputs
+        if not has_own_inputs and type(self).token_losses is PlaneTrainer.token_losses and self.args.process_index == 0:
+            warn_of_unused_balance(plane)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step.
         self.add_callback(_PlaneCallback(self))
 

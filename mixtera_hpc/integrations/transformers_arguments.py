@@ -1,13 +1,23 @@
 """Checks that the arguments of the Hugging Face `Trainer` fit a data plane; others are refused with the cure."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mixtera_hpc.config.packing.check_packing import unused_balance
 from mixtera_hpc.dataplane.mixing.loss_weights import refuse_loss_weights
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, pluralize
 
-__all__ = ["check_positions", "check_trainer_arguments", "check_training_arguments", "check_vocabulary"]
+__all__ = [
+    "check_positions",
+    "check_trainer_arguments",
+    "check_training_arguments",
+    "check_vocabulary",
+    "warn_of_unused_balance",
+]
+
+logger = logging.getLogger("mixtera_hpc")
 
 _REQUIRED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (
@@ -150,6 +160,14 @@ def _check_batch_size(args: Any, plane: DataPlane) -> None:
             f"{pluralize(num_groups, 'data-parallel rank')} = {num_sequences} sequences.\n"
             "  Make both numbers equal."
         )
+
+
+def warn_of_unused_balance(plane: DataPlane) -> None:
+    """Log that `dataplane.balance` is of no use to a model that gets nothing but `input_ids`."""
+    attention = "PlaneTrainer.model_inputs() gives the model only input_ids, so tokens attend to other documents"
+    cure = "Override model_inputs() to pass position_ids, for an attention that stays inside documents"
+    if warning := unused_balance(plane.config.dataplane, attention, cure):
+        logger.warning(warning)
 
 
 def check_positions(model: Any, plane: DataPlane) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.packing.check_packing import unused_balance_of_reference_trainer
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
@@ -78,6 +79,8 @@ def run_training(
         SavedAndStopped: a stop was requested and the state is saved.
     """
     _check_trainable(config)
+    if comm.rank == 0 and (warning := unused_balance_of_reference_trainer(config.dataplane, config.training)):
+        logger.warning(warning)
     torch.set_num_threads(config.training.num_threads)
 
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)

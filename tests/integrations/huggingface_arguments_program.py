@@ -4,6 +4,7 @@ python huggingface_arguments_program.py OUT OVERRIDES…, or under torchrun
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,29 @@ def own_evaluation() -> str:
     return "evaluated" if len(of_steps(history, "eval_loss")) == 2 and not has_domains else f"{history}"
 
 
+class Warnings(logging.Handler):
+    """Keeps the warnings of the data plane."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def balance(inputs: Callable[..., Any] | None = None) -> str:
+    """Return the warnings of a trainer whose ranks are balanced; `inputs` overrides `model_inputs`."""
+    trainer = type("Mine", (PlaneTrainer,), {"model_inputs": inputs} if inputs else {})
+    handler = Warnings()
+    logging.getLogger("mixtera_hpc").addHandler(handler)
+    with DataPlane.open(compose([*OVERRIDES, "dataplane.balance=attention"]), REPLICAS.comm) as plane:
+        args = TrainingArguments(output_dir=OUT, max_steps=1, per_device_train_batch_size=4, use_cpu=True)
+        trainer(plane=plane, model=model(plane.vocab_size), args=args)
+    logging.getLogger("mixtera_hpc").removeHandler(handler)
+    return "\n".join(handler.texts)
+
+
 CASES_OF_ONE_RANK: dict[str, Callable[[], str]] = {
     "accumulation": lambda: train("accumulation", size=2, gradient_accumulation_steps=2),
     "ramp": lambda: train("ramp", (RAMP.format(size=12),), size=2, gradient_accumulation_steps=2),
@@ -194,6 +218,8 @@ CASES_OF_ONE_RANK: dict[str, Callable[[], str]] = {
     "vocabulary": lambda: train("vocabulary", trainer={"vocab_size": 100}),
     "samples": lambda: train("samples", ("mixture.unit=samples",)),
     "twice": train_twice,
+    "balance": balance,
+    "balance with own inputs": lambda: balance(lambda trainer, batch: {"input_ids": batch["input_ids"]}),
     "foreign checkpoint": foreign_checkpoint,
     "plain": lambda: train_plain("plain"),
     "plain with workers": lambda: train_plain("plain", dataloader_num_workers=1),

@@ -117,6 +117,12 @@ def test_settings_that_do_not_fit_are_refused(name: str, problem: str, cure: str
 
 
 @pytest.mark.integrations
+def test_balancing_is_of_use_only_if_the_model_knows_the_documents(alone: dict[str, str]) -> None:
+    assert "dataplane.balance=attention is of no use: PlaneTrainer.model_inputs() gives" in alone["balance"]
+    assert alone["balance with own inputs"] == ""
+
+
+@pytest.mark.integrations
 def test_two_ranks_that_do_not_share_a_batch_are_refused(collection: list[str], tmp_path: Path) -> None:
     both = answers(collection, tmp_path, 2)
 

@@ -5,6 +5,7 @@ leaves are those of megatron-core and of `megatron/training/training.py`.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,6 +251,23 @@ def test_arguments_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(Training(tmp_path, **args), config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("args", "is_warned"),
+    [
+        ({}, True),
+        ({"reset_attention_mask": True}, True),
+        ({"reset_attention_mask": True, "create_attention_mask_in_dataloader": True}, False),
+        ({"rank": 1}, False),
+    ],
+)
+def test_balancing_is_of_use_only_with_masks_between_documents(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, args: dict[str, Any], is_warned: bool
+) -> None:
+    balanced = replace(config, dataplane=replace(config.dataplane, balance="attention"))
+    run(Training(tmp_path, train_iters=1, **args), balanced, tmp_path / "run")
+    assert ("dataplane.balance=attention is of no use: Megatron's attention" in caplog.text) == is_warned
 
 
 def test_a_fork_without_the_functions_is_refused(config: Config, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.cli.main import main
+from mixtera_hpc.cli.verbs.submit import check_data
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml
@@ -75,3 +76,20 @@ def test_a_report_without_packing_opens_no_index(
 ) -> None:
     assert main(["report", str(make_run(["en"], [(0, 4)]).path)]) == 0
     assert "documents cut" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "is_warned"), [([], True), (["training.attention=document"], False), (["job.command=[mine]"], False)]
+)
+def test_plan_and_submit_say_where_balancing_is_of_no_use(
+    collection: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    words: list[str],
+    is_warned: bool,
+) -> None:
+    text = "dataplane.balance=attention is of no use: the reference trainer has training.attention=sequence"
+    assert main(["plan", *collection, *PACKED, *words]) == 0
+    assert (text in " ".join(capsys.readouterr().out.split())) == is_warned
+    check_data(compose([*collection, *PACKED, *words]))
+    assert (text in caplog.text) == is_warned

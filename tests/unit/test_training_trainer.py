@@ -210,3 +210,14 @@ def test_a_run_without_a_tokenizer_is_refused(config: Config, tmp_path: Path) ->
     plane = dataclasses.replace(config.dataplane, tokenizer=None)
     with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is not set"):
         train(dataclasses.replace(config, dataplane=plane), tmp_path)
+
+
+@pytest.mark.parametrize(("attention", "is_warned"), [("sequence", True), ("document", False)])
+def test_balancing_is_of_use_only_with_attention_inside_documents(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, attention: Any, is_warned: bool
+) -> None:
+    plane = dataclasses.replace(config.dataplane, balance="attention")
+    training = dataclasses.replace(config.training, num_steps=1, attention=attention)
+    run_training(dataclasses.replace(config, dataplane=plane, training=training), Local(), RunFolder(tmp_path), 1)
+    text = "dataplane.balance=attention is of no use: the reference trainer has training.attention=sequence"
+    assert (text in caplog.text) == is_warned

@@ -1,13 +1,15 @@
 """Say what packing and balancing do to the data of a plan or a run, next to the other settings."""
 
 from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.packing.check_packing import unused_balance_of_reference_trainer
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.errors import UserError
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.trace.packing_forecast import forecast_balance, forecast_packing
 
-__all__ = ["packing_rows", "packing_rows_of_run"]
+__all__ = ["packing_rows", "packing_rows_of_run", "unused_balance_of_job"]
 
 
 def packing_rows(source: Source, num_groups: int) -> list[tuple[str, str]]:
@@ -32,7 +34,16 @@ def packing_rows(source: Source, num_groups: int) -> list[tuple[str, str]]:
             f"dataplane.balance=none, {balance.balanced:.3f} with attention. Configured: {plane.balance}."
         )
         rows.append(("Attention cost of ranks", text))
+    if (warning := unused_balance_of_job(source.config)) is not None:
+        rows.append(("Warning", warning))
     return rows
+
+
+def unused_balance_of_job(config: Config) -> str | None:
+    """Return the warning that `dataplane.balance` is of no use to the job; None for a program that is not known."""
+    if config.job.command:
+        return None
+    return unused_balance_of_reference_trainer(config.dataplane, config.training)
 
 
 def packing_rows_of_run(metrics: RunMetrics) -> list[tuple[str, str]]:

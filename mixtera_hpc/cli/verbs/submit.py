@@ -45,12 +45,15 @@ def check_data(config: Config) -> None:
     A `job.command` may open other data, and may build its index itself: its indexes are read only if they exist.
     """
     # Imported here because numpy and h5py take longer to import than `--help` may take.
+    from mixtera_hpc.cli.answers.packing_text import unused_balance_of_job
     from mixtera_hpc.cli.answers.plan_answer import print_decode_cost
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.dataplane.reading.source import open_source
     from mixtera_hpc.index.read.configured import check_stored_roots
     from mixtera_hpc.trace.forecast import forecast_mixture, longest_forecast
 
+    if (warning := unused_balance_of_job(config)) is not None:
+        _logger.warning(warning)
     check_stored_roots(config)
     if config.job.command and not all(Path(path).exists() for path in config.index.paths_to_read):
         return

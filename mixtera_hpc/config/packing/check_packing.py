@@ -2,9 +2,16 @@
 
 from mixtera_hpc.config.batch_ramp import sizes_from
 from mixtera_hpc.config.check_numbers import at_least
-from mixtera_hpc.config.schema import DataPlaneConfig, MixtureConfig
+from mixtera_hpc.config.schema import DataPlaneConfig, MixtureConfig, TrainingConfig
 
-__all__ = ["COST_OF_TRANSFORM", "balance_group", "cost_problems", "packing_problems"]
+__all__ = [
+    "COST_OF_TRANSFORM",
+    "balance_group",
+    "cost_problems",
+    "packing_problems",
+    "unused_balance",
+    "unused_balance_of_reference_trainer",
+]
 
 COST_OF_TRANSFORM = "transform"
 """Value of `dataplane.sample_cost` with which the function `data.transform` gives the costs."""
@@ -49,6 +56,30 @@ def cost_problems(plane: DataPlaneConfig, transform: str | None) -> list[str]:
             "their cost is known afterwards. Set dataplane.balance=none, or dataplane.sample_cost to a number property."
         )
     return problems
+
+
+def unused_balance(plane: DataPlaneConfig, attention: str, cure: str) -> str | None:
+    """Return the warning that balancing is of no use, because all sequences cost the same; None if nothing is balanced.
+
+    Args:
+        plane: the settings of the data plane.
+        attention: says that a token of the trainer attends to other documents of its sequence, as a clause.
+        cure: how to let the trainer attend to the own document only, as an imperative.
+    """
+    if plane.balance != "attention":
+        return None
+    return (
+        f"dataplane.balance=attention is of no use: {attention}, and every sequence costs the same, whatever its "
+        f"documents are.\n  {cure}, or set dataplane.balance=none."
+    )
+
+
+def unused_balance_of_reference_trainer(plane: DataPlaneConfig, training: TrainingConfig) -> str | None:
+    """Return the same for the reference trainer; None if it attends to the own document only."""
+    if training.attention == "document":
+        return None
+    attention = f"the reference trainer has training.attention={training.attention}"
+    return unused_balance(plane, attention, "Set training.attention=document")
 
 
 def _pack(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:

@@ -5,6 +5,7 @@ What all ranks do together must happen outside of the pipeline schedule. So `tra
 of its own calls `MegatronData` in these places instead.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mixtera_hpc.config.packing.check_packing import unused_balance
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, SavedAndStopped
@@ -27,6 +29,8 @@ STATE_FILE = "train_dataloader_dprank000.pt"
 """The file of Megatron-LM's for the state of the first data-parallel rank, in a folder of each checkpoint."""
 
 STATE_NAME = "dataloader_state_dict"
+
+logger = logging.getLogger("mixtera_hpc")
 
 
 class MegatronPretraining:
@@ -104,6 +108,7 @@ class MegatronPretraining:
         args = self._training.get_args()
         if self._data is None:
             _check_arguments(args, self._config)
+            _warn_of_unused_balance(args, self._config)
             self._data = self._open(args)
             self._load(args, self._data)
         return self._data.train_iterator(), self._data.validation_iterator(), None
@@ -218,6 +223,14 @@ def _check_arguments(args: Any, config: Config) -> None:
     broken = [rule for is_kept, rule in rules if not is_kept]
     if broken:
         raise ConfigError("Megatron's arguments do not fit the data plane:\n  " + "\n  ".join(broken) + ".")
+
+
+def _warn_of_unused_balance(args: Any, config: Config) -> None:
+    if getattr(args, "rank", 0) or (args.reset_attention_mask and args.create_attention_mask_in_dataloader):
+        return
+    cure = "Set --reset-attention-mask, without --no-create-attention-mask-in-dataloader"
+    if warning := unused_balance(config.dataplane, "Megatron's attention is not masked between documents", cure):
+        logger.warning(warning)
 
 
 def _saved_state(args: Any) -> dict[str, Any]:
