@@ -24,6 +24,12 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.domain_metrics import domain_losses
 from mixtera_hpc.integrations.megatron.batch_format import BatchFormat, megatron_batch, micro_batches_of
+from mixtera_hpc.integrations.megatron.parallel_groups import (
+    MegatronMesh,
+    check_groups_exist,
+    loss_parts,
+    own_loss_parts,
+)
 from mixtera_hpc.integrations.torch import as_tensors
 
 __all__ = ["MegatronData", "TrainIterator", "ValidationIterator"]
@@ -87,14 +93,8 @@ class MegatronData:
         Raises:
             ConfigError: Megatron's groups do not exist, or the batch sizes do not fit together.
         """
-        if not parallel_state.model_parallel_is_initialized():
-            raise ConfigError(
-                "Megatron's groups of ranks do not exist yet.\n"
-                "  Call parallel_state.initialize_model_parallel(...) before MegatronData.open."
-            )
-        # With one context-parallel rank, every loss belongs to a whole sequence.
-        parts = ("cp",) if parallel_state.get_context_parallel_world_size() > 1 else ()
-        plane = DataPlane.open(config, folder=folder, mesh=_Groups(), loss_parts=parts)
+        check_groups_exist()
+        plane = DataPlane.open(config, folder=folder, mesh=MegatronMesh(), loss_parts=loss_parts())
         try:
             _check_format(plane, form)
             return cls(plane, form, log or _log_nothing, log_every)
@@ -214,12 +214,12 @@ class MegatronData:
     def record_held_out(self, batch: dict[str, Tensor], loss: Tensor) -> None:
         """Add the losses of a held-out micro-batch."""
         assert self._held_out is not None
-        for part, columns in _own_parts(loss):
+        for part, columns in own_loss_parts(loss):
             self._held_out.record(batch, part, tokens=columns)
 
     def record_train(self, batch: dict[str, Tensor], loss: Tensor) -> None:
         """Add the losses of a training micro-batch."""
-        for part, columns in _own_parts(loss):
+        for part, columns in own_loss_parts(loss):
             self.plane.record(batch, part, tokens=columns)
 
     def _finish_step(self) -> None:
@@ -321,42 +321,10 @@ class ValidationIterator:
         self._data.record_held_out(_oldest(self._unrecorded), loss)
 
 
-class _Groups:
-    """Megatron's groups of ranks as the mesh that `DataPlane.open` reads; creates no further groups."""
-
-    mesh_dim_names = ("dp", "cp")
-
-    def size(self, dim: int) -> int:
-        """Return the number of ranks along a dimension."""
-        sizes = (parallel_state.get_data_parallel_world_size(), parallel_state.get_context_parallel_world_size())
-        return int(sizes[dim])
-
-    def get_local_rank(self, name: str) -> int:
-        """Return the coordinate of this rank along a dimension."""
-        if name == "dp":
-            return int(parallel_state.get_data_parallel_rank())
-        return int(parallel_state.get_context_parallel_rank())
-
-
 def _oldest(unrecorded: deque[dict[str, Tensor]]) -> dict[str, Tensor]:
     if not unrecorded:
         raise ValueError("record() was called more often than micro-batches were drawn from this data_iterator.")
     return unrecorded.popleft()
-
-
-def _own_parts(loss: Tensor) -> Iterator[tuple[Tensor, slice | None]]:
-    """Yield the parts of the losses of this context-parallel rank, and which tokens of the sequences they belong to.
-
-    Megatron cuts a sequence into 2N chunks. Rank r of N has the chunks r and 2N - 1 - r, so that all have equal work.
-    """
-    size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        yield loss, None
-        return
-    rank = parallel_state.get_context_parallel_rank()
-    length = loss.shape[1] // 2
-    for part, chunk in zip(loss.split(length, dim=1), (rank, 2 * size - 1 - rank), strict=True):
-        yield part, slice(chunk * length, (chunk + 1) * length)
 
 
 def _check_format(plane: DataPlane, form: BatchFormat) -> None:
