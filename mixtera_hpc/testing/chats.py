@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HfTokenizer
 
-__all__ = ["CHATS", "FORGETFUL", "TEMPLATES", "hf_tokenizer", "share_form", "write_tokenizer"]
+from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
+
+__all__ = ["CHATS", "FORGETFUL", "TEMPLATES", "hf_tokenizer", "share_form", "split_marks", "write_tokenizer"]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -120,3 +124,8 @@ def share_form(chat: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return a chat in the form of ShareGPT."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return [{"from": names[message["role"]], "value": message["content"]} for message in chat]
+
+
+def split_marks(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """Return tokens without their marks, and which of them are trained; shape (n,) each."""
+    return tokens & ~NOT_TRAINED, tokens < NOT_TRAINED

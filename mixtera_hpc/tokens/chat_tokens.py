@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.tokens.chat_template import ChatText
 
-__all__ = ["NOT_TRAINED", "encode_chats", "split_marks"]
+__all__ = ["NOT_TRAINED", "encode_chats"]
 
 NOT_TRAINED = np.uint32(1 << 31)
 """The bit of a token that is not trained. Token ids have at most 31 bits."""
@@ -28,11 +28,6 @@ def encode_chats(tokenizer: Any, chats: Sequence[ChatText]) -> list[NDArray[np.u
     """
     encodings = tokenizer.encode_batch([str(chat) for chat in chats], add_special_tokens=False)
     return [_marked(encoding, chat) for encoding, chat in zip(encodings, chats, strict=True)]
-
-
-def split_marks(tokens: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-    """Return tokens without their marks, and which of them are trained; shape (n,) each."""
-    return tokens & ~NOT_TRAINED, tokens < NOT_TRAINED
 
 
 def _marked(encoding: Any, chat: ChatText) -> NDArray[np.uint32]:

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.testing.chats import CHATS, TEMPLATES, write_tokenizer
+from mixtera_hpc.testing.chats import CHATS, TEMPLATES, split_marks, write_tokenizer
 from mixtera_hpc.tokens.chat_template import Conversation
-from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.tokenizer import EncodingSettings, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the extra `integrations` is not installed")

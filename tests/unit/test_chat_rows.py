@@ -27,9 +27,8 @@ from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.duplicates import find_duplicates
 from mixtera_hpc.index.read.open import open_index
 from mixtera_hpc.index.read.verify import deeply_changed_shards
-from mixtera_hpc.testing.chats import CHATS, FORGETFUL, TEMPLATES, share_form, write_tokenizer
+from mixtera_hpc.testing.chats import CHATS, FORGETFUL, TEMPLATES, share_form, split_marks, write_tokenizer
 from mixtera_hpc.tokens.chat_template import Conversation
-from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.tokenizer import EncodingSettings, load_tokenizer, load_vocabulary
 
 ALL_CHATS = CHATS * 5

@@ -96,14 +96,12 @@ class _GroupPacker:
         self._lengths = lengths
         self._stride = stride
         self._shared: list[_Fragment] = [(0, 0, 1)] if overlap else []
-        # Whole bins of the first document, and the start of its rest in the bin behind them.
-        self._first_bins, first_rest = divmod(lengths[0] - overlap, stride)
-        self._first_cut = lengths[0] - first_rest
-        self._last_bins, last_rest = divmod(lengths[-1], stride)
-        num_open = num_bins - self._first_bins - self._last_bins
+        # Whole bins of the two documents, and the tokens that they have in the open bins beside them.
+        first_bins, first_rest = divmod(lengths[0] - overlap, stride)
+        last_bins, last_rest = divmod(lengths[-1], stride)
+        num_open = num_bins - first_bins - last_bins
         self._bins: list[list[_Fragment]] = [[] for _ in range(num_open)]
         self._free = [stride] * num_open
-        self._last_rest = last_rest
         if num_open:
             self._free[0] -= first_rest
             self._free[-1] -= last_rest
