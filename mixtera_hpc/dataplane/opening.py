@@ -12,7 +12,6 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt, write_config_if_missing
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.group_delivery import check_delivery
 from mixtera_hpc.dataplane.reading.rank_layout import (
@@ -24,10 +23,11 @@ from mixtera_hpc.dataplane.reading.rank_layout import (
 from mixtera_hpc.dataplane.reading.residency.decode_cost import check_job
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
+from mixtera_hpc.dataplane.recording.own_attempt import LoopLog, OwnAttempt, write_config_if_missing
+from mixtera_hpc.dataplane.recording.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 from mixtera_hpc.launch.attempts import batch_script_attempt
 from mixtera_hpc.tokens.slow_encoding import warn_of_slow_encoding

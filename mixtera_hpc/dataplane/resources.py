@@ -8,7 +8,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
+from mixtera_hpc.dataplane.recording.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 
 __all__ = ["PlaneResources"]

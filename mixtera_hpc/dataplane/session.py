@@ -17,7 +17,6 @@ from mixtera_hpc.config.batch_ramp import sizes_from
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.batch_wait import POLL_S, BatchWait, describe_interrupt
-from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent
 from mixtera_hpc.dataplane.mixing.loss_weights import LossWeights
 from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
@@ -28,6 +27,7 @@ from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.reading.batches import Batch, check_shared_evenly
 from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
+from mixtera_hpc.dataplane.recording.journal import AttemptSetup
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.step_results import StepResults

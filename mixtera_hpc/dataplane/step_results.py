@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
 from mixtera_hpc.dataplane.plans.mixture_feed import MixtureFeed
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
+from mixtera_hpc.dataplane.recording.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.flag_exchange import AgreedRequests
 from mixtera_hpc.dataplane.steps.reduction.step_reducer import StepResult
 

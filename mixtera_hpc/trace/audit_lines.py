@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.recording.journal import read_lines
 
 __all__ = ["read_audit_lines"]
 

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.trace.list import global_batch_maker
 from mixtera_hpc.trace.served_run import Record, ServedRun

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mixtera_hpc.core.chunk_plan import ChunkPlan
-from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord
 from mixtera_hpc.trace.list import served_sequences
 from mixtera_hpc.trace.served_run import Record, ServedRun
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.chunk_plan import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord, History
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
 from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to

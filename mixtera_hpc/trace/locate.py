@@ -13,10 +13,10 @@ import numpy as np
 
 from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.slots.segment_order import Slots
-from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord
 from mixtera_hpc.errors import DataError, did_you_mean
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
 from mixtera_hpc.trace.served_run import Record, ServedRun

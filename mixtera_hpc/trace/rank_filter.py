@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mixtera_hpc.dataplane.journal import AttemptRecord
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.served_run import Record
 

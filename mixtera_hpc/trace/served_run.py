@@ -8,9 +8,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord, History
 from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subset_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
 

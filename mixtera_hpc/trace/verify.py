@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord, History
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.list import global_batch_maker

@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import AttemptRecord
-from mixtera_hpc.dataplane.loss_log import RecordedLosses, read_losses
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
+from mixtera_hpc.dataplane.recording.loss_log import RecordedLosses, read_losses
+from mixtera_hpc.dataplane.recording.run_history import AttemptRecord
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.trace.list import (
     SequenceFilter,

@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder, find_runs
-from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.recording.run_history import History
 
 SHAPE = ["dataplane.seq_len=8", "dataplane.chunk_steps=2", "dataplane.audit=true", "dataplane.global_batch_size=1024"]
 MODEL = ["training.num_layers=1", "training.num_heads=2", "training.embedding_dim=8", "training.warmup_steps=1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.recording.journal import read_lines
 
 from .conftest import COMMAND, MPIEXEC, Cli, only_run
 

@@ -24,7 +24,7 @@ import pytest
 
 from mixtera_hpc import RunFolder
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.recording.journal import read_lines
 
 from .failing_rank import FAILED_AT
 from .launching import LAUNCHERS, Example, Finished, start

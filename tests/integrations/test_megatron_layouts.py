@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc import DataPlane, RunFolder, compose
-from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.integrations.domain_metrics import domain_losses
 from mixtera_hpc.trace.rank_filter import is_served_to
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc import RunFolder
-from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.recording.journal import read_lines
 
 from .conformance import LEARNING_STEPS, Runs, TrainerConformance, assert_verified, what_the_trainer_logged
 from .launching import REPOSITORY, Example

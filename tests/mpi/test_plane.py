@@ -11,7 +11,7 @@ import pytest
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.run_edits import record_run_edit, run_edit_between
 from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run

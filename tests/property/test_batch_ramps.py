@@ -20,8 +20,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.chunk_plan import PlannerState
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks

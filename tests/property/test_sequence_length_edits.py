@@ -17,9 +17,9 @@ from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.list import served_sequences

@@ -15,9 +15,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.plane_state import pack_state, unpack_state
+from mixtera_hpc.dataplane.recording.journal import read_lines
 from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.append_file import AppendFile
@@ -27,7 +27,7 @@ NUM_STEPS = 8
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from mixtera_hpc.dataplane.journal import AppendOnlyLines
+from mixtera_hpc.dataplane.recording.journal import AppendOnlyLines
 from mixtera_hpc.errors import DataError
 lines = AppendOnlyLines(Path(sys.argv[1]))
 record = {"text": "x" * 300}
@@ -167,7 +167,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.own_attempt import write_config_if_missing
+from mixtera_hpc.dataplane.recording.own_attempt import write_config_if_missing
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.prepare import prepare_run
 folder = Path(sys.argv[1])

@@ -13,8 +13,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.loss_log import LossLog, read_losses
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.recording.loss_log import LossLog, read_losses
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.testing.thread_ranks import run_ranks
 

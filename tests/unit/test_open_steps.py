@@ -14,8 +14,8 @@ from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.errors import CommError, ConfigError
 from mixtera_hpc.integrations.torch import PlaneDataset
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks

@@ -13,8 +13,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose, load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import BatchStageConfig, Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits
 from mixtera_hpc.errors import ConfigError

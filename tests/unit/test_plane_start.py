@@ -11,10 +11,10 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, write_request
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.testing.small_collection import make_collection

@@ -15,9 +15,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 from mixtera_hpc.trace.rank_filter import is_served_to

@@ -14,9 +14,9 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.errors import CommError
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.served_run import ServedRun

@@ -11,10 +11,10 @@ from mixtera_hpc.cli.run_arguments import find_run
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import read_yaml
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.mixing.submission import submit_request
 from mixtera_hpc.dataplane.mixing.weight_changes import WeightChange, find_weight_changes
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.launch.status import run_statuses
 

@@ -20,7 +20,7 @@ from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key
-from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.recording.journal import read_lines
 from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = [

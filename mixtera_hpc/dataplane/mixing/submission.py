@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_to_run
 from mixtera_hpc.errors import ConfigError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.recording.run_history import History
 
 __all__ = ["WeightChange", "find_weight_changes"]
 

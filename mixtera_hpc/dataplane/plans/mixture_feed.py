@@ -21,7 +21,7 @@ from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
+from mixtera_hpc.dataplane.recording.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 
 __all__ = ["MixtureFeed"]

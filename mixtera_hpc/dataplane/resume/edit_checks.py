@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.reading.shared_index import select_subset
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.recording.run_history import History
 from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
 from mixtera_hpc.dataplane.resume.run_edits import (
     RunEdit,

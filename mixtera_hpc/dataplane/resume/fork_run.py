@@ -22,11 +22,11 @@ from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig, TrainingConfig
-from mixtera_hpc.dataplane.journal import FORK_KIND, append_line, read_lines
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, requested_mixture
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.recording.journal import FORK_KIND, append_line, read_lines
 from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_to_run, with_sizes_of_identity

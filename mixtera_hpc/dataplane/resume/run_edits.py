@@ -16,7 +16,7 @@ from mixtera_hpc.config.batch_ramp import batch_stages
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
-from mixtera_hpc.dataplane.journal import append_line, read_lines
+from mixtera_hpc.dataplane.recording.journal import append_line, read_lines
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import DataError

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, wait
 from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
 from mixtera_hpc.core.statistics import DomainStatistics, ZeroStatistics, statistics_from_buffer
-from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.recording.loss_log import LossLog
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
 from mixtera_hpc.dataplane.steps.reduction.stage_times import maxima_of, pack_times, times_alone
 from mixtera_hpc.dataplane.steps.reduction.step_buffer import BufferFlags, BufferLayout, StepContribution

@@ -18,7 +18,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.journal import last_attempt
+from mixtera_hpc.dataplane.recording.journal import last_attempt
 from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, create_attempt, end_attempt, record_start

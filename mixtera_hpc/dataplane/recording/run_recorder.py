@@ -17,14 +17,14 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
-from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent, LearningLog
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
-from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.lane_count import lanes_in_use
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.recording.journal import AttemptSetup, AuditLog, Journal, append_line
+from mixtera_hpc.dataplane.recording.loss_log import LossLog
+from mixtera_hpc.dataplane.recording.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.errors import list_names
 from mixtera_hpc.track.tracker import NullTracker, Tracker
