@@ -3,6 +3,7 @@
 import math
 import re
 
+from mixtera_hpc.config.batch_memory import size_problems
 from mixtera_hpc.config.batch_ramp import batch_schedule_of, ramp_problems, sizes_from
 from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
@@ -133,14 +134,13 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
     if plane.lanes is not None and plane.lanes > MAX_LANES:
         problems.append(f"dataplane.lanes is {plane.lanes}, expected at most {MAX_LANES}.")
-    if plane.seq_len >= 1 << 31:
-        problems.append(f"dataplane.seq_len is {plane.seq_len}, expected less than 2**31 tokens.")
     if plane.window_bytes >= 1 << 62:
         problems.append(f"dataplane.window_bytes is {plane.window_bytes}, expected less than 2**62 bytes.")
 
     if not 0 <= plane.seed < 2**63:
         problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
     problems += ramp_problems(plane)
+    problems += size_problems(plane, mixture)
     chunk_sequences = plane.chunk_steps * batch_schedule_of(plane).largest
     if chunk_sequences > MAX_CHUNK_SEQUENCES:
         problems.append(

@@ -8,6 +8,7 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launcher import communicator_of, end_job
+from mixtera_hpc.config.batch_memory import check_batch_memory
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -95,6 +96,8 @@ def _open_resources(
         batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
     else:
         batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
+    if config.mixture.unit == "tokens":
+        check_batch_memory(config.dataplane, batch_slice.num_groups, ranks_on_node=comm.local_size)
     group: Communicator | None = None
     has_peers = comm.size > batch_slice.num_groups
     if has_peers and (part[1] > 1 or config.dataplane.delivery == "lead"):

@@ -6,6 +6,7 @@ Only if sbatch itself refuses the job, the recorded changes stay; then `mixtera-
 
 from collections.abc import Collection, Sequence
 
+from mixtera_hpc.config.batch_memory import check_batch_memory
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -20,6 +21,7 @@ from mixtera_hpc.launch.resume import (
     record_config,
 )
 from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
+from mixtera_hpc.training.model_memory import check_model_memory
 from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
 __all__ = ["check_num_ranks", "continue_run", "edit_program_run", "submit_next_attempt"]
@@ -85,12 +87,19 @@ def edit_program_run(folder: RunFolder, overrides: Sequence[str], request: Resum
 
 
 def check_num_ranks(config: Config, num_ranks: int, first_step: int = 0) -> None:
-    """Raise `ConfigError` unless every global batch from `first_step` on can be divided among this number of ranks."""
+    """Raise `ConfigError` unless every global batch from `first_step` on can be divided among this number of ranks.
+
+    What a rank gets must fit into the memory of its node.
+    """
     # Imported here because it imports h5py, which `--help` does not need.
     from mixtera_hpc.dataplane.reading.batches import BatchSlice, check_shared_evenly
 
     num_groups = BatchSlice.of(config.dataplane, 0, num_ranks).num_groups
     check_shared_evenly(config.dataplane, num_groups, f"{num_ranks} ranks", first_step=first_step)
+    if config.mixture.unit == "tokens":
+        # The ranks of this node are counted when they open the data plane.
+        check_batch_memory(config.dataplane, num_groups)
+        check_model_memory(config, num_groups)
 
 
 def _record_changes(

@@ -74,7 +74,10 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "dataplane.window_bytes=4611686018427387904",
             r"^dataplane\.window_bytes is 4611686018427387904, expected less",
         ),
-        ("dataplane.seq_len=2147483648", r"^dataplane\.seq_len is 2147483648, expected less than 2\*\*31 tokens\.$"),
+        (
+            "dataplane.seq_len=2147483648",
+            r"^dataplane\.seq_len is 2147483648, expected at most 134217728 \(2\*\*27\) tokens",
+        ),
         ("index.block_rows=100000000", r"^index\.block_rows is 100000000, expected at most 1048576"),
         ("index.path=''", r"^index\.path is empty\. Set it to the file of the index"),
         ("mixture.group_by=[a,a]", r"^mixture\.group_by names 'a' twice\.$"),
