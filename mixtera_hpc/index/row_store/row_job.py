@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -69,6 +70,16 @@ class RowReport(msgspec.Struct, kw_only=True):
     seconds: float
 
 
+class _BlockUnit(NamedTuple):
+    """Consecutive blocks of one file that are written together."""
+
+    first: int
+    stop: int
+    """One past the last block."""
+    num_bytes: int
+    """Bytes on disk; of long gzip members, decoded bytes."""
+
+
 class _RowJob(msgspec.Struct, kw_only=True):
     """The work that rank 0 broadcasts to all ranks."""
 
@@ -118,20 +129,19 @@ def write_rows(
     )
 
 
-def _units(index: PropertyIndex, kept_blocks: int) -> list[tuple[int, int, int]]:
-    """Return (first block, last block + 1, bytes) of every unit that a store has to hold."""
+def _units(index: PropertyIndex, kept_blocks: int) -> list[_BlockUnit]:
+    """Return every unit that a store has to hold, without those of its first `kept_blocks` blocks."""
     blocks = index.tables.blocks
     is_wanted = [decodes_files(name) for name in index.tables.shards.format]
-    units: list[tuple[int, int, int]] = []
+    units: list[_BlockUnit] = []
     shard_of_last = -1
     for block, (shard, length) in enumerate(zip(blocks.shard.tolist(), blocks.length.tolist(), strict=True)):
         if block < kept_blocks or not is_wanted[shard]:
             continue
-        if units and shard == shard_of_last and units[-1][2] < UNIT_BYTES:
-            first, _, num_bytes = units[-1]
-            units[-1] = (first, block + 1, num_bytes + length)
+        if units and shard == shard_of_last and units[-1].num_bytes < UNIT_BYTES:
+            units[-1] = units[-1]._replace(stop=block + 1, num_bytes=units[-1].num_bytes + length)
         else:
-            units.append((block, block + 1, length))
+            units.append(_BlockUnit(block, block + 1, length))
         shard_of_last = shard
     return units
 
@@ -181,10 +191,10 @@ def _prepare(index: PropertyIndex, files: RowStoreFiles, announce: Callable[[Row
     )
 
 
-def _bytes_on_disk(index: PropertyIndex, unit: tuple[int, int, int]) -> int:
+def _bytes_on_disk(index: PropertyIndex, unit: _BlockUnit) -> int:
     """Return the part of a file that a unit is in; the blocks of long gzip members count decoded bytes."""
-    shard = int(index.tables.blocks.shard[unit[0]])
-    return min(unit[2], int(index.tables.shards.size_bytes[shard]))
+    shard = int(index.tables.blocks.shard[unit.first])
+    return min(unit.num_bytes, int(index.tables.shards.size_bytes[shard]))
 
 
 def _begin(files: RowStoreFiles, header: RowStoreHeader, kept_places: Path | None) -> None:
@@ -216,9 +226,9 @@ def _write_units(
     with _explain_disk_errors(files), _RowWriter(index, files, job, comm.rank) as writer:
 
         def write(position: int) -> int:
-            return writer.write(missing[position][:2], job.missing[position])
+            return writer.write(missing[position], job.missing[position])
 
-        share_units([num_bytes for _, _, num_bytes in missing], write, comm, progress)
+        share_units([unit.num_bytes for unit in missing], write, comm, progress)
 
 
 def _complete(files: RowStoreFiles, header: RowStoreHeader) -> None:
@@ -253,13 +263,14 @@ class _RowWriter:
         for file in (self._rows, self._places, self._log):
             file.close()
 
-    def write(self, blocks: tuple[int, int], number: int) -> int:
-        """Write the rows of some blocks of one file, and log the unit; return the rows."""
+    def write(self, unit: _BlockUnit, number: int) -> int:
+        """Write the rows of a unit, and log its number; return the rows."""
         index = self._index
-        first_row = int(self._first_rows[blocks[0]])
-        samples = index.read_blocks(np.arange(*blocks, dtype=np.int32), {"combo"})
+        blocks = range(unit.first, unit.stop)
+        first_row = int(self._first_rows[unit.first])
+        samples = index.read_blocks(np.arange(unit.first, unit.stop, dtype=np.int32), {"combo"})
         chosen = np.flatnonzero(samples.combo != index.tables.combos.bad)
-        lines = self._lines(range(*blocks), chosen, first_row)
+        lines = self._lines(blocks, chosen, first_row)
         places = np.zeros((len(samples.combo), 2), "<i8")
         order = np.argsort(samples.combo[chosen], kind="stable")
         for frame in _frames(order, samples.combo[chosen][order].astype(np.int64), lines):
@@ -272,7 +283,7 @@ class _RowWriter:
         self._places.write(places.tobytes())
         self._places.flush()
         # After the reads: rows that changed meanwhile may be as long as before.
-        shard = int(index.tables.blocks.shard[blocks[0]])
+        shard = int(index.tables.blocks.shard[unit.first])
         check_shard(index, shard, self._paths[shard])
         # The log must not reach the disk before the rows.
         os.fdatasync(self._rows.fileno())
