@@ -21,7 +21,7 @@ from mixtera_hpc.dataplane.reading.rank_layout import (
     part_in_mesh,
     slice_in_layout,
 )
-from mixtera_hpc.dataplane.reading.residency.decode_cost import check_job
+from mixtera_hpc.dataplane.reading.residency.decode_limit import check_job
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.recording.own_attempt import LoopLog, OwnAttempt, write_config_if_missing

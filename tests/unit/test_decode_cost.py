@@ -20,7 +20,8 @@ from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
 from mixtera_hpc.dataplane.reading.processes.reader_memory import ReaderMemory
-from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, cost_with_more_lanes, decode_cost
+from mixtera_hpc.dataplane.reading.residency.decode_cost import cost_with_more_lanes, decode_cost
+from mixtera_hpc.dataplane.reading.residency.job_shape import JobShape
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.build.build import build_index

@@ -16,7 +16,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
-from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
+from mixtera_hpc.dataplane.reading.residency.decode_cost import decode_cost
+from mixtera_hpc.dataplane.reading.residency.job_shape import JobShape
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index

@@ -19,12 +19,9 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
 from mixtera_hpc.dataplane.reading.lane_count import lanes_of_batch
-from mixtera_hpc.dataplane.reading.residency.decode_cost import (
-    JobShape,
-    check_decode_cost,
-    cost_with_more_lanes,
-    decode_cost,
-)
+from mixtera_hpc.dataplane.reading.residency.decode_cost import cost_with_more_lanes, decode_cost
+from mixtera_hpc.dataplane.reading.residency.decode_limit import check_decode_cost
+from mixtera_hpc.dataplane.reading.residency.job_shape import JobShape
 from mixtera_hpc.dataplane.reading.rows.mapped_rows import MIN_DENSITY
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from mixtera_hpc.dataplane.plane_state import PlaneState
-from mixtera_hpc.dataplane.reading.residency.decode_cost import check_job
+from mixtera_hpc.dataplane.reading.residency.decode_limit import check_job
 from mixtera_hpc.dataplane.resources import PlaneResources
 
 __all__ = ["with_recorded_lanes"]
