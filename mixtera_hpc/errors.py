@@ -19,6 +19,7 @@ from typing import ClassVar
 
 __all__ = [
     "EXTRAS",
+    "USER_CODE_ERRORS",
     "CommError",
     "ConfigError",
     "DataError",
@@ -48,6 +49,9 @@ EXTRAS = {
     "jinja2": "chat",
 }
 """Optional package → the extra of `pyproject.toml` that installs it."""
+
+USER_CODE_ERRORS = (Exception, SystemExit, GeneratorExit)
+"""What a function of the user's may raise. A `sys.exit()` in it must not end the program with exit code 0."""
 
 EXIT_INTERRUPTED = 130
 """Exit code of a process that ended on SIGINT, as shells report it."""

@@ -12,6 +12,7 @@ import signal
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -69,6 +70,8 @@ class RunControl:
             # A signal that was blocked and is pending arrives now, at our handler.
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._blocked_before = {signal.Signals(number) for number in mask}
+            leave = weakref.WeakMethod(self._leave_to_parent)
+            os.register_at_fork(after_in_child=lambda: (method := leave()) and method())
 
     def check_process(self) -> None:
         """Refuse a process that was forked from this one.
@@ -163,6 +166,18 @@ class RunControl:
             for end in self._wakeup:
                 os.close(end)
             self._wakeup = None
+
+    def _leave_to_parent(self) -> None:
+        """Restore the handlers in a process that was forked: signals to it are no requests to this run.
+
+        A pool or loader of the trainer ends its processes with SIGTERM, and waits until they have ended.
+        """
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            self._wakeup = None  # The pipe is the parent's: a byte in it would stop the run.
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()

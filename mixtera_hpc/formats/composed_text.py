@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import as_text
-from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.errors import USER_CODE_ERRORS, ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader
 from mixtera_hpc.formats.batching.row_paths import path_forms
 from mixtera_hpc.formats.chat_rows import chat_documents, chat_path, is_chat, value_at
@@ -198,7 +198,7 @@ def _texts_of_function(
     try:
         # A copy: the function may sort or change its list.
         values = list(function(list(rows)))
-    except Exception as error:
+    except USER_CODE_ERRORS as error:
         raise DataError(f"{name}, the function of data.text, failed: {type(error).__name__}: {error}.") from error
     # A shifted list would give every row the text of another.
     if len(values) != len(rows):

@@ -16,7 +16,7 @@ import numpy as np
 
 from mixtera_hpc.config.schema import DataSetKeys
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.errors import ConfigError, DataError, UserError
+from mixtera_hpc.errors import USER_CODE_ERRORS, ConfigError, DataError, UserError
 from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
 from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.formats.batching.row_type import RowType
@@ -315,7 +315,7 @@ class _ParserRunner:
         # A configuration error is no property of the row; anything else the user's code raises makes a bad row.
         except UserError:
             raise
-        except Exception as error:
+        except USER_CODE_ERRORS as error:
             return self._blank, f"{self._name}: {type(error).__name__}: {error}"
 
     def _columns(self, rows: list[Any]) -> dict[str, Column]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mixtera_hpc.errors import ConfigError, did_you_mean
+from mixtera_hpc.errors import USER_CODE_ERRORS, ConfigError, did_you_mean
 
 __all__ = ["import_function", "source_digest"]
 
@@ -46,7 +46,7 @@ def import_function(path: str, key: str) -> Function:
     # Importing runs the user's code, which may raise anything.
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except USER_CODE_ERRORS as error:
         raise ConfigError(
             f"{key} is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
             "  Install its package, or add its folder to PYTHONPATH."

@@ -194,7 +194,10 @@ def _remove_old_checkpoints(run: RunFolder, step: int, keep: int) -> None:
     earlier = [other for other in steps if other < step]
     num_removed = max(len(earlier) - (keep - 1), 0)
     for other in later + earlier[:num_removed]:
-        shutil.rmtree(run.checkpoint(other))
+        try:
+            shutil.rmtree(run.checkpoint(other))
+        except OSError as error:  # Another program reads it, or its files are another user's.
+            logger.warning("%s cannot be removed: %s. Remove it.", run.checkpoint(other), error.strerror)
 
 
 def _temporary(path: Path) -> Path:

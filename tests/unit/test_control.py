@@ -34,3 +34,25 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
 def test_the_warning_signal_is_kept_until_it_can_be_handled(program: str, output: str) -> None:
     done = subprocess.run([sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout.strip()) == (0, output)
+
+
+FORK = """
+import time
+control = RunControl(None, False)
+ready, write_end = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(write_end, b"!")
+    time.sleep(60)
+    os._exit(0)
+os.read(ready, 1)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), control.stop_was_requested(False), control.poll())
+os.kill(os.getpid(), signal.SIGTERM)
+print(control.stop_was_requested(False), control.poll())
+"""
+
+
+def test_a_signal_to_a_fork_ends_the_fork_and_stops_no_run() -> None:
+    done = subprocess.run([sys.executable, "-c", BEGIN + FORK], capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines() == ["-15 False (False, False)", "True (True, False)"], done.stderr

@@ -1,6 +1,7 @@
 """`data.transform`: the same results for any number of ranks and workers and after a resume; errors name the row."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,12 @@ from mixtera_hpc.trace.served_run import ServedRun
 from mixtera_hpc.trace.verify import verify_run
 
 FUNCTIONS = """
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 import numpy as np
 from mixtera_hpc import CostedSample
 
@@ -35,8 +41,30 @@ def image(row, sample):
 def fail_at_7(row, sample):
     return 1 / (row["id"] - 7)
 
+def exit_at_7(row, sample):
+    return sys.exit(0) if row["id"] == 7 else row["id"]
+
+def ends_children(row, sample):
+    # How a program and a fork end on SIGTERM.
+    program = subprocess.Popen(["sleep", "60"])
+    program.terminate()
+    ready, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write_end, b"!")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(write_end)
+    os.kill(child, signal.SIGTERM)
+    return program.wait(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
 def no_pickle(row, sample):
     return threading.Lock()
+
+def complex_cost(row, sample):
+    return CostedSample(row["id"], cost=np.complex64(1))
 
 def costed(row, sample):
     return CostedSample(row["id"], cost=row["id"] % 10)
@@ -132,10 +160,17 @@ def test_a_wrong_file_is_named_with_its_row(image: str, message: str, overrides:
         serve([*overrides, "data.transform=my_transforms.image"])
 
 
+@pytest.mark.parametrize("name", ["fail_at_7", "exit_at_7"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_exception_in_the_function_names_row_and_step(workers: int, overrides: list[str]) -> None:
-    with pytest.raises(DataError, match=r"my_transforms\.fail_at_7 failed for a\.jsonl row 7 \(step \d+, position"):
-        serve([*overrides, "data.transform=my_transforms.fail_at_7", f"dataplane.workers={workers}"])
+def test_an_exception_in_the_function_names_row_and_step(workers: int, name: str, overrides: list[str]) -> None:
+    with pytest.raises(DataError, match=rf"my_transforms\.{name} failed for a\.jsonl row 7 \(step \d+, position"):
+        serve([*overrides, f"data.transform=my_transforms.{name}", f"dataplane.workers={workers}"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_function_can_end_what_it_has_started(workers: int, overrides: list[str]) -> None:
+    served = serve([*overrides, "data.transform=my_transforms.ends_children", f"dataplane.workers={workers}"], stop=1)
+    assert set(served.values()) == {(-signal.SIGTERM, -signal.SIGTERM)}
 
 
 def test_what_processes_cannot_send_is_refused(overrides: list[str]) -> None:
@@ -202,12 +237,14 @@ def test_the_function_gives_the_costs_of_micro_batches(more: list[str], override
 def test_costs_that_the_function_gives_wrongly_are_refused(overrides: list[str]) -> None:
     for words, problem in (
         (["data.transform=my_transforms.augment"], r"returned a dict for a\.jsonl row \d+ .*CostedSample"),
+        (["data.transform=my_transforms.complex_cost"], r"the cost .*1\+0j.*, expected a number from 0"),
         (["dataplane.sample_budget=8"], r"row \d*9 \(step \d+, position \d\) the cost 9, .*sample_budget=8"),
     ):
         with pytest.raises(DataError, match=problem):
             serve([*overrides, *COSTED, *words])
     for words, problem in (
         (["data.transform=null"], r"data\.transform is not set"),
+        (["dataplane.sample_cost=tokens"], r"(?s)not a number property of .*, or count tokens: index build with"),
         (["dataplane.sample_budget=null"], r"sample_budget is not set"),
         (["dataplane.balance=cost"], r"their cost is known afterwards"),
     ):

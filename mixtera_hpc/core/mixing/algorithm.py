@@ -22,7 +22,7 @@ from mixtera_hpc.core.mixing.odm import OnlineDataMixing
 from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, StatisticsChoice, parse_parameters, valid_options
 from mixtera_hpc.core.mixing.skill_it import SkillIt
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.errors import ConfigError, did_you_mean
+from mixtera_hpc.errors import USER_CODE_ERRORS, ConfigError, did_you_mean
 
 __all__ = ["ALGORITHMS", "MixingAlgorithm", "MixingState", "learns_from", "make_algorithm"]
 
@@ -128,7 +128,7 @@ def _import_algorithm(path: str) -> Any:
     # Importing runs the user's code, which may raise anything.
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except USER_CODE_ERRORS as error:
         raise ConfigError(
             f"{CONFIG_KEY}.name is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
             f"  Add its folder to PYTHONPATH, or choose one of: {', '.join(sorted(ALGORITHMS))}."

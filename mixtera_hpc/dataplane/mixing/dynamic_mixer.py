@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm, learns_from
 from mixtera_hpc.core.mixing.mixed_domains import STATISTICS_ARRAYS, MixedDomains
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.errors import USER_CODE_ERRORS, ConfigError, MixtureError
 
 __all__ = ["DynamicMixer", "MixingProblem", "ReadLosses", "strip_prefix"]
 
@@ -248,7 +248,7 @@ class DynamicMixer:
         try:
             state, weights = self._algorithm.update(self._state, self._domains.restrict(statistics))
             checked = _checked(weights, len(self._domains.ids))
-        except Exception as error:
+        except USER_CODE_ERRORS as error:
             count = self._problem.count + 1 if self._problem else 1
             message = f"{type(error).__name__}: {error}"
             self._problem = MixingProblem(step=statistics.step, count=count, message=message)
@@ -264,7 +264,9 @@ class DynamicMixer:
                 for name, values in described.items()
                 if name not in NOT_DESCRIBED
             }
-        except Exception:  # The algorithm may be the user's. A report that cannot be made must not stop the training.
+        except (
+            USER_CODE_ERRORS
+        ):  # The algorithm may be the user's. A report that cannot be made must not stop the training.
             return {}
 
     def _collect(self, wait: bool) -> None:

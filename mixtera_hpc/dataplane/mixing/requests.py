@@ -124,15 +124,27 @@ def write_request(run: RunFolder, request: MixtureRequest) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"chunk": request.chunk, "mixture": to_plain(request.mixture)}))
     try:
-        # A hard link fails if the name exists: if two users request at the same time, one gets the error below.
-        os.link(temporary, target)
+        _publish(temporary, target)
     except FileExistsError:
         raise ConfigError(
             f"{target} holds a request that the run has not read yet. It reads requests at the end of a step, or when "
             "it continues.\n  Wait until the file is gone, or remove it."
         ) from None
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give a complete file its name; raise FileExistsError if the name is taken."""
+    try:
+        # A hard link fails if the name exists, so that of two users who request at the same time one gets the error.
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # A file system without hard links, such as exFAT.
+        if target.exists():
+            raise FileExistsError(target) from None
+        temporary.rename(target)
 
 
 def parse_request(text: str) -> MixtureRequest:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import USER_CODE_ERRORS, DataError
 from mixtera_hpc.formats.user_functions import import_function
 
 __all__ = ["CostedSample", "ServedSample", "Transform", "check_cost", "load_transform", "transformed"]
@@ -94,7 +94,7 @@ def transformed(transform: Transform, payload: Any, sample: ServedSample) -> Any
         return transform(payload, sample)
     except DataError:
         raise
-    except Exception as error:
+    except USER_CODE_ERRORS as error:
         name = f"{transform.__module__}.{getattr(transform, '__qualname__', type(transform).__name__)}"
         raise DataError(
             f"data.transform={name} failed for {sample.shard} row {sample.row} (step {sample.step}, position "
@@ -112,7 +112,7 @@ def check_cost(result: Any, sample: ServedSample, budget: float) -> None:
             "it has to return mixtera_hpc.CostedSample(sample, cost).\n  Correct the function, or set "
             "dataplane.sample_cost to a number property."
         )
-    if not isinstance(result.cost, int | float | np.number) or not 0 <= result.cost <= budget:
+    if not isinstance(result.cost, int | float | np.integer | np.floating) or not 0 <= result.cost <= budget:
         raise DataError(
             f"data.transform gave {place} the cost {result.cost!r}, expected a number from 0 to "
             f"dataplane.sample_budget={budget:g}.\n"

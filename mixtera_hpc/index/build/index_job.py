@@ -6,6 +6,7 @@ next job that does the same; a job that does anything else removes it.
 """
 
 import contextlib
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -127,7 +128,9 @@ def lead_index_job(
         if job.store is not None:
             job.store.finish(plan, records)
         # The index has its final name; the logs are not needed any more.
-        shutil.rmtree(folder)
+        _remove_logs(folder)
+    with contextlib.suppress(OSError):  # Most often it is gone.
+        folder.rmdir()
     bcast_bytes(comm, msgspec.json.encode(report))
     return report
 
@@ -178,6 +181,15 @@ def _is_index(path: Path) -> bool:
     except DAMAGE:
         # HDF5 by its signature, but damaged: most likely an index.
         return True
+
+
+def _remove_logs(folder: Path) -> None:
+    """Remove the building folder, whose lock is open: NFS and FUSE keep an open file under a name like `.nfs0001`."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
 
 
 def _make_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import DataSetKeys
 from mixtera_hpc.core.domain_keys import ranges_of_bounds
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import USER_CODE_ERRORS, DataError
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, null_column
 from mixtera_hpc.formats.category_codes import Categories, encode_categories
 from mixtera_hpc.formats.user_functions import import_function, source_digest
@@ -217,7 +217,7 @@ def _first_failing(action: Callable[[Any], Any], arguments: Sequence[Any]) -> in
     for position, argument in enumerate(arguments):
         try:
             action(argument)
-        except Exception:
+        except USER_CODE_ERRORS:
             return position
     return None
 
@@ -238,7 +238,7 @@ def _call(function: UserFunction, arguments: list[Any]) -> Sequence[Any]:
         # A copy: the function may sort or change its list.
         values = function.call(list(arguments))
         return values if hasattr(values, "__len__") else list(values)
-    except Exception as error:
+    except USER_CODE_ERRORS as error:
         position = _first_failing(lambda argument: function.call([argument]), arguments)
         raise UserFunctionError(
             f"{function.field.path}, the function of data.properties.{function.field.name}, failed: "

@@ -25,11 +25,13 @@ def check_sample_costs(config: Config, index: PropertyIndex, subset: SampleSubse
     if name is None or name == COST_OF_TRANSFORM:
         return
     numbers = [n for n, prop in index.tables.properties.items() if prop.kind is Kind.NUMBER]
-    if name not in (*numbers, *SIZE_NUMBERS):
+    sizes = [size for size in SIZE_NUMBERS if size != "tokens" or index.tables.has_tokens]
+    if name not in (*numbers, *sizes):
+        count = ", or count tokens: index build with dataplane.tokenizer" if name == "tokens" else ""
         raise ConfigError(
             f"dataplane.sample_cost is {name!r}, which is not a number property of {index.path}."
-            f"{did_you_mean(name, [*numbers, *SIZE_NUMBERS])}\n"
-            "  Compute one with a function of yours: mixtera-hpc index derive."
+            f"{did_you_mean(name, [*numbers, *sizes])}\n"
+            f"  Compute one with a function of yours: mixtera-hpc index derive{count}."
         )
     budget = plane.sample_budget
     wrong = f"{name} is None or {name} < 0" + ("" if budget is None else f" or {name} > {budget!r}")

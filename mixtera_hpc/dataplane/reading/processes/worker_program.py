@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,8 +49,7 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
     if sys.__stderr__ is not None:
         # A fatal signal, such as SIGBUS for a file that was truncated, leaves the stack in the log.
         faulthandler.enable(sys.__stderr__)
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     # The mask was inherited from the rank; blocked signals would stay pending for ever.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     threading.Thread(target=_end_with_rank, args=(rank_pid,), daemon=True).start()
@@ -104,6 +104,20 @@ def _end_with_rank(rank_pid: int) -> None:
     while os.getppid() == rank_pid:
         time.sleep(RANK_POLL_S)
     os._exit(1)
+
+
+def _ignore_signals() -> None:
+    """Ignore `IGNORED_SIGNALS`, but not in the processes that a user's function starts: it may end them with SIGTERM.
+
+    `SIG_IGN` would be inherited by programs and forks. A handler is not inherited by programs, and forks remove it.
+    """
+
+    def set_handlers(handler: Any) -> None:
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, handler)
+
+    set_handlers(lambda number, frame: None)
+    os.register_at_fork(after_in_child=partial(set_handlers, signal.SIG_DFL))
 
 
 def _keep_freed_memory() -> None:
