@@ -155,10 +155,8 @@ class _CostModel:
         """Return the bytes per step of the blocks of a group, decoded and on disk; each counts once for all domains."""
         sizes = self.sizes
         if len(group) == 1:
-            domain = group[0]
-            return float(self.epochs[domain] * sizes.decoded[domain]), float(
-                self.epochs[domain] * sizes.on_disk[domain]
-            )
+            epochs = self.epochs[group[0]]
+            return float(epochs * sizes.decoded[group[0]]), float(epochs * sizes.on_disk[group[0]])
         table = self.source.layout.table
         blocks = np.concatenate([table.block[self.source.layout.entries(int(domain))] for domain in group])
         is_needed = np.bincount(blocks, minlength=len(sizes.block_decoded)) > 0
