@@ -7,37 +7,27 @@ one more open of the index, at the start, and two small collectives per validati
 """
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator, Local
+from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.chunk_plan import PlannerState
-from mixtera_hpc.core.measures.held_out_counts import held_out_counts
-from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
 from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.errors import CommError, ConfigError, MixtureError, list_names
+from mixtera_hpc.dataplane.validation_plan import ValidationPlan, warn_without_held_out
+from mixtera_hpc.errors import CommError, ConfigError
 
-__all__ = ["MAX_NAMES", "HeldOutBatches", "domains_without_held_out"]
-
-MAX_NAMES = 5
-"""Domain names listed in a message."""
-
-logger = logging.getLogger("mixtera_hpc")
+__all__ = ["HeldOutBatches"]
 
 
 class HeldOutBatches:
@@ -76,69 +66,36 @@ class HeldOutBatches:
         _check_shared_evenly(global_batch_size, batch_slice.num_groups)
         subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
         source = open_source(config, comm, subset=subset)
-        sizes = source.layout.epoch_items()
-        # Sequences in one pass over each domain.
-        capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
-        num_sequences = int(capacity.sum())
-        steps = min(config.training.validate_steps, num_sequences // global_batch_size)
-        if steps < 1:
-            raise MixtureError(
-                f"query.holdout.fraction={config.query.holdout.fraction:g} holds {num_sequences} sequences out, fewer "
-                "than one global batch.\n"
-                "  Raise it, or lower dataplane.seq_len or dataplane.global_batch_size."
-            )
-
+        self.plan = ValidationPlan.of_source(source)
+        """The sequences of each domain, and their batches."""
+        if comm.rank == 0:
+            warn_without_held_out(source.names, self.plan)
+        # No process reads held-out samples, so the copy of the tables for processes is freed.
+        self._source = replace(source, planner=self.plan.planner, memory=replace(source.memory, tables=None))
         self._comm = comm
         self._log = log
         self._parts = LossParts(parts) if parts is not None else None
         self._num_parts = 1 if parts is None else parts.num_parts
-        # Weights proportional to size, among the domains that have at least one sequence.
-        has_sequences = capacity > 0
-        self.shares = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
-        """Natural proportions of the domains; shape (K,)."""
-        counts = held_out_counts(
-            self.shares,
-            capacity,
-            batch_size=global_batch_size,
-            num_batches=steps,
-            quota=config.training.validate_min_sequences,
-        )
-        self._has_quota = counts is not None
-        self._weights = self.shares
-        if counts is not None:
-            steps = int(counts.sum()) // global_batch_size
-            self._weights = counts / counts.sum()
-        if comm.rank == 0:
-            _warn_without_held_out(source.names, has_sequences)
-        # One chunk covers all steps, so that a single plan describes the whole validation.
-        # All batches of a validation have the same size, also during a batch ramp.
-        self._planner = replace(
-            source.planner,
-            capacity=capacity,
-            batch_schedule=BatchSchedule.constant(global_batch_size),
-            chunk_steps=steps,
-            on_exhausted="redistribute",
-        )
-        self._local_batch_size = batch_slice.size_of(global_batch_size)
-        # No process reads held-out samples, so the copy of the tables for processes is freed.
-        self._source = replace(source, planner=self._planner, memory=replace(source.memory, tables=None))
         self._slice = batch_slice
+        self._local_batch_size = batch_slice.size_of(global_batch_size)
         self._losses: dict[int, StepLosses] = {}
         """Losses of the batches handed out since the last `reduce`, by their step."""
         self.num_domains = source.num_domains
-        self.num_batches = steps
+
+    @property
+    def num_batches(self) -> int:
         """Batches in each pass."""
+        return self.plan.num_batches
 
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's batches, from the first one on; their steps are -1, -2, and so on. **Collective.**
 
         A negative step never belongs to a batch of the training.
         """
-        plan = self._planner.decide(PlannerState.start(self.num_domains), self._weights)
         maker = BatchMaker(self._source, self._slice, audit=False, compare_every_read=True)
         self._losses.clear()
         try:
-            for batch in maker.batches(plan, 0):
+            for batch in maker.batches(self.plan.chunk, 0):
                 agreed = agree_on_micro_batches(self._comm, self._source.config.dataplane, batch)
                 held_out = replace(agreed, step=-1 - batch.step)
                 self._losses[held_out.step] = StepLosses(held_out, self.num_domains, self._num_parts)
@@ -203,13 +160,7 @@ class HeldOutBatches:
 
     def mean_loss(self, statistics: DomainStatistics) -> float | None:
         """Return the mean loss of a validation in natural proportions, nats per token; None without a loss."""
-        observed = statistics.observed
-        if not observed.any():
-            return None
-        if not self._has_quota:
-            return float(statistics.loss_sum[observed].sum()) / int(statistics.num_tokens[observed].sum())
-        # A quota serves more of small domains than their share.
-        return float(np.average(statistics.loss_mean[observed], weights=self.shares[observed]))
+        return self.plan.mean_loss(statistics)
 
     def _is_counted(self, recorded: list[int], is_partial: bool) -> bool:
         """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""
@@ -239,19 +190,6 @@ class HeldOutBatches:
         return int(np.argmax(has_recorded & (groups == group))) == self._comm.rank
 
 
-def domains_without_held_out(config: Config, subset: SampleSubset) -> list[str]:
-    """Return the domains whose held-out samples do not fill a sequence. Price: one open of the index.
-
-    Args:
-        config: the configuration of a run, which holds samples out.
-        subset: the samples that it trains on.
-    """
-    source = open_source(config, Local(), subset=replace(subset, split="validation"), check=False)
-    sizes = source.layout.epoch_items()
-    capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
-    return [name for name, number in zip(source.names, capacity, strict=True) if number == 0]
-
-
 def _check_shared_evenly(global_batch_size: int, num_groups: int) -> None:
     # Training does not check this if it begins behind the first stage of a batch ramp.
     if global_batch_size % num_groups:
@@ -259,16 +197,6 @@ def _check_shared_evenly(global_batch_size: int, num_groups: int) -> None:
             f"dataplane.global_batch_size={global_batch_size} is the batch of every validation, also behind the first "
             f"stage of dataplane.batch_schedule, and {num_groups} data-parallel groups of ranks cannot share it evenly."
             "\n  Change the number of ranks, or do not validate: training.validate_every=0, or without held_out()."
-        )
-
-
-def _warn_without_held_out(names: Sequence[str], has_sequences: NDArray[np.bool_]) -> None:
-    """Name the domains whose held-out samples do not fill a sequence."""
-    without = [name for name, has in zip(names, has_sequences, strict=True) if not has]
-    if without:
-        logger.warning(
-            "No held-out loss of %s: their held-out samples do not fill a sequence. Raise query.holdout.fraction.",
-            list_names(without, MAX_NAMES),
         )
 
 

@@ -48,12 +48,12 @@ def test_a_validation_serves_the_quota_and_reports_the_natural_mean(collection: 
             losses = np.where(batch.domain_ids == 0, 5.0, 1.0)
             held_out.record(batch, np.broadcast_to(losses[:, None], batch.loss_mask.shape))
         statistics = held_out.reduce(0)
-        has_held_out = held_out.shares > 0
+        has_held_out = held_out.plan.shares > 0
         assert has_held_out.sum() > 4, "more domains than a batch has pairs of sequences"
         assert statistics.num_sequences[has_held_out].min() >= 1
         assert np.median(statistics.num_sequences[has_held_out]) >= 2
         assert held_out.num_batches == statistics.num_sequences.sum() // 8 > 1
-        share = held_out.shares[0]
+        share = held_out.plan.shares[0]
         assert held_out.mean_loss(statistics) == pytest.approx(5 * share + 1 - share)
         assert held_out.mean_loss(statistics) != pytest.approx(
             statistics.loss_sum.sum() / statistics.num_tokens.sum(), abs=1e-3

@@ -17,7 +17,6 @@ from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
-from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
 from mixtera_hpc.dataplane.reading.lane_count import lanes_of_batch
 from mixtera_hpc.dataplane.reading.residency.decode_cost import cost_with_more_lanes, decode_cost
 from mixtera_hpc.dataplane.reading.residency.decode_limit import check_decode_cost
@@ -26,6 +25,7 @@ from mixtera_hpc.dataplane.reading.rows.mapped_rows import MIN_DENSITY
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.dataplane.validation_plan import MAX_NAMES, domains_without_held_out
 from mixtera_hpc.errors import ConfigError, MixtureError, list_names, pluralize
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
