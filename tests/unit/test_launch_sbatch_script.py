@@ -164,7 +164,7 @@ def test_all_user_text_is_quoted_for_the_shell(make_config: MakeConfig, command:
     folder = tmp_path / f"{UNSAFE_TEXT.replace('/', '')} 100%"
     config = make_config("cluster=dev", "job.command=[hello]", "+cluster.env={SAID: placeholder}")
     config = with_text(config)
-    calls = command("srun", f'echo "$SAID" >{tmp_path}/said')
+    calls = command("srun", f'echo "$SAID" >"{tmp_path}/said"')
     script = tmp_path / "script.sh"
     script.write_text(render_script(SbatchJob(config=config, folder=folder)))
 
@@ -310,7 +310,7 @@ def test_a_script_whose_attempt_is_running_is_refused(attempt: Attempt, command:
     here.mkdir(parents=True)
     (here / "claim").write_text("17 0 nid7\n")
     # The other job counts while this one looks.
-    command("sleep", f"echo $RANDOM >>{here}/alive")
+    command("sleep", f'echo one more >>"{here}/alive"')
 
     done = attempt("exit 0")
 
@@ -370,7 +370,7 @@ def test_a_job_that_sbatch_reports_as_failed_is_found_in_the_queue(
 
 
 def test_a_transient_error_of_sbatch_is_tried_again(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
-    calls = command("sbatch", f"[ -e {tmp_path}/second ] && echo 4712 && exit 0; touch {tmp_path}/second; exit 1")
+    calls = command("sbatch", f'[ -e "{tmp_path}/second" ] && echo 4712 && exit 0; touch "{tmp_path}/second"; exit 1')
     command("squeue", "exit 0")
     command("sleep", "exit 0")
 

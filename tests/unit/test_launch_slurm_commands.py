@@ -126,7 +126,7 @@ def test_a_transient_error_is_tried_again(
     monkeypatch.setattr("mixtera_hpc.launch.slurm.slurm_commands.RETRY_DELAYS_S", (0.0, 0.0))
     command(
         "sbatch",
-        f"[ -e {tmp_path}/second ] && echo 17 && exit; touch {tmp_path}/second; echo '{TIMED_OUT}' >&2; exit 1",
+        f"[ -e '{tmp_path}/second' ] && echo 17 && exit; touch '{tmp_path}/second'; echo '{TIMED_OUT}' >&2; exit 1",
     )
     command("squeue", "exit 0")
 

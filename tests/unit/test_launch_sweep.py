@@ -36,7 +36,8 @@ def slurm(command: MakeCommand) -> Path:
     command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
     command("sacct", "exit 0")
     command("scontrol", "echo 'MaxArraySize            = 3'")
-    return command("sbatch", "echo $RANDOM")
+    # The number of each job is that of its line in the log.
+    return command("sbatch", 'wc -l <"$0.calls"')
 
 
 def test_lists_and_ranges_give_all_combinations() -> None:
@@ -92,7 +93,7 @@ def test_points_of_one_shape_are_tasks_of_arrays_of_the_size_that_slurm_allows(u
 
     # Two shapes of four points each: an array of three tasks, and a single job.
     assert [job.job_id.partition("_")[2] for job in submitted] == ["0", "1", "2", ""] * 2
-    scripts = [Path(line.split()[-1]) for line in slurm.read_text().splitlines()]
+    scripts = [Path(line[line.index("/") :]) for line in slurm.read_text().splitlines()]
     assert [script.name for script in scripts] == ["array.sh", "submit.sh"] * 2
     array = scripts[2].read_text()
     assert "#SBATCH --array=0-2\n" in array
@@ -112,7 +113,7 @@ def test_the_tasks_of_a_lane_run_one_at_a_time(usual: list[str], slurm: Path) ->
 
     list(submit_points(plan.due))
 
-    arrays = [Path(line.split()[-1]).read_text() for line in slurm.read_text().splitlines()]
+    arrays = [Path(line[line.index("/") :]).read_text() for line in slurm.read_text().splitlines()]
     for lane, array in enumerate(arrays):
         for line in ("--array=0-1%1", f"--job-name=sweep.lane{lane}", "--dependency=singleton"):
             assert f"#SBATCH {line}\n" in array
@@ -246,7 +247,7 @@ def test_an_expensive_sweep_needs_confirmation(
 def test_a_refusal_by_slurm_names_how_many_jobs_were_submitted(
     usual: list[str], slurm: Path, command: MakeCommand, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command("sbatch", f'[ "$(wc -l <{slurm})" -le 1 ] && echo 7 || {{ echo QOSMaxSubmitJob >&2; exit 1; }}')
+    command("sbatch", '[ "$(wc -l <"$0.calls")" -le 1 ] && echo 7 || { echo QOSMaxSubmitJob >&2; exit 1; }')
 
     assert main(["sweep", *usual, "job.nodes=1,2,4"]) == 2
 
@@ -290,7 +291,7 @@ def test_a_job_that_slurm_accepted_keeps_its_files(usual: list[str], command: Ma
     """Something stands in the place of `job.json`; a task of an array is a job as well."""
     root = next(word for word in usual if word.startswith("run.root=")).partition("=")[2]
     command("scontrol", "echo 'MaxArraySize            = 3'")
-    command("sbatch", f"for attempt in {root}/sweep/*/attempts/*; do mkdir $attempt/job.json; done; echo 17")
+    command("sbatch", f'for attempt in "{root}"/sweep/*/attempts/*; do mkdir "$attempt/job.json"; done; echo 17')
 
     with pytest.raises(LaunchError, match=r"accepted job 17.*could not be recorded"):
         list(submit_points(plan_sweep([*usual, f"dataplane.seed={seeds}"]).due))

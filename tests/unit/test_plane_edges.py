@@ -219,10 +219,10 @@ def test_batches_that_were_made_together_are_handed_over_together(
     prefetcher._is_awaited = True
     prefetcher.submit(EMPTY_PLAN, 0)
     for step in range(expected):
-        assert asked.get(timeout=30) == step
+        assert asked.get(timeout=600) == step
     if next_is_made:
         # Made, and waits for room.
-        assert asked.get(timeout=30) == expected
+        assert asked.get(timeout=600) == expected
     else:
         with pytest.raises(queue.Empty):
             asked.get(timeout=0.2)

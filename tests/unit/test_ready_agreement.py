@@ -74,8 +74,9 @@ def test_no_rank_goes_on_before_the_slowest_holds_its_batch() -> None:
 @pytest.mark.parametrize("requests", [OpenRequests(stop=True), OpenRequests(save=True)])
 def test_a_request_of_one_rank_ends_the_wait_of_all(requests: OpenRequests) -> None:
     def serve(comm: ThreadCommunicator) -> tuple[OpenRequests | None, float]:
-        agreement = ReadyAgreement(comm, 0)
+        # Before a collective: no rank begins to wait earlier than this.
         began = time.monotonic()
+        agreement = ReadyAgreement(comm, 0)
         # Rank 2 hangs in its read.
         interrupt = wait_for(agreement, 0, lambda: 0 if comm.rank == 2 else 4, requests if comm.rank == 1 else None)
         waited_s = time.monotonic() - began

@@ -23,6 +23,8 @@ LIMIT_S = 600
 HEARTBEAT_S = 4
 FEW_FILES = 64
 """Soft limit of open files of a sentinel that has to open more."""
+LOOPBACK = socket.inet_aton("127.0.0.1")[:: 1 if sys.byteorder == "big" else -1].hex().upper()
+"""The address as `/proc/net/tcp` has it."""
 ESTABLISHED = "01"
 """The state of an open connection in `/proc/net/tcp`."""
 
@@ -58,7 +60,7 @@ class Node:
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
             words = line.split()
             address, state, queues, inode = words[1], words[3], words[4], words[9]
-            if address.endswith(f":{port:04X}") and state == ESTABLISHED and inode != "0":
+            if address == f"{LOOPBACK}:{port:04X}" and state == ESTABLISHED and inode != "0":
                 return queues.endswith(":00000000")
         return False
 

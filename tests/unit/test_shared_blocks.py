@@ -204,7 +204,7 @@ def test_readers_decode_a_block_that_is_too_large_at_the_same_time(memory: int) 
 
     def decode_together() -> DecodedLines:
         # Raises an error if one of them waits for another one.
-        others.wait(timeout=20)
+        others.wait(timeout=120)
         return DecodedLines(data, np.array([1, len(data)]))
 
     def read(decode: Callable[[], DecodedLines]) -> None:

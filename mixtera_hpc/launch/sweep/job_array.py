@@ -113,7 +113,7 @@ def _prepared_task(point: SweepPoint) -> Iterator[_Task]:
 def _written_array(tasks: Sequence[_Task]) -> Iterator[Path]:
     """Write the files of an array, yield their folder, and remove it if the block fails."""
     runs = "".join(f"{task.folder.run_id}/{task.attempt}\n" for task in tasks)
-    digest = hashlib.blake2b(runs.encode(), digest_size=2).hexdigest()
+    digest = hashlib.blake2b(runs.encode(), digest_size=8).hexdigest()
     name = f"{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}-{digest}"
     folder = tasks[0].folder.path.parent.absolute() / ARRAYS / name
     with undo_on_error(lambda: shutil.rmtree(folder, ignore_errors=True)):
