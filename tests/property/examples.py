@@ -9,6 +9,8 @@ TIMED = HealthCheck.too_slow
 """The health check that fails on a busy machine."""
 UNLIMITED = settings(deadline=None, suppress_health_check=[TIMED])
 """Settings of all property tests: none fails because a machine is busy."""
+REPEATABLE = settings(UNLIMITED, derandomize=True)
+"""Settings that try the same examples in every run, so that a change passes or fails for its own sake."""
 FIXTURES_TOO = [TIMED, HealthCheck.function_scoped_fixture]
 """Health checks that a test with the fixtures of a function turns off."""
 

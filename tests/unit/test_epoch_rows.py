@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core.order import Shuffle, ShuffleOrder
@@ -12,6 +12,7 @@ from mixtera_hpc.core.repeats.philox import philox_words
 WORD = st.integers(0, 2**63 - 1)
 
 
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.tuples(WORD, WORD), st.lists(st.tuples(WORD, WORD, WORD), min_size=1, max_size=4), st.integers(1, 11))
 def test_words_are_those_of_numpy(key: tuple[int, int], counters: list[tuple[int, int, int]], count: int) -> None:
     streams = np.array([[0, *counter] for counter in counters], np.uint64)

@@ -398,10 +398,10 @@ def test_shared_memory_of_killed_ranks_is_removed_and_that_of_others_stays(attem
     used = Path("/dev/shm") / f"mixtera-{os.getpid()}-used"
     new = Path("/dev/shm") / f"mixtera-{os.getpid()}-new"
     try:
-        new.write_bytes(b"1")
-        for path in (dead, used):
+        # However long the script takes, one file is old and another one is new.
+        for path, age_s in ((dead, 60), (used, 60), (new, -600)):
             path.write_bytes(b"1")
-            os.utime(path, (long_ago := time.time() - 60, long_ago))
+            os.utime(path, (time.time() - age_s,) * 2)
         with used.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
             attempt("exit 137")
 
