@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from mixtera_hpc.dataplane.reading.batches import Batch
-from mixtera_hpc.dataplane.reading.group_delivery import BatchFeed
+from mixtera_hpc.dataplane.reading.delivery.batch_feed import BatchFeed
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, RankPosition, ReadyAgreement
 from mixtera_hpc.dataplane.watchdog.progress import AGREE, RankProgress

@@ -14,7 +14,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.reading.group_delivery import check_delivery
+from mixtera_hpc.dataplane.reading.delivery.open_feed import check_delivery
 from mixtera_hpc.dataplane.reading.rank_layout import (
     coordinate_in_mesh,
     gather_coordinates,

@@ -25,7 +25,7 @@ from mixtera_hpc.dataplane.plans.delivered_plans import DeliveredPlans
 from mixtera_hpc.dataplane.plans.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plans.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.reading.batches import Batch, check_shared_evenly
-from mixtera_hpc.dataplane.reading.group_delivery import open_feed
+from mixtera_hpc.dataplane.reading.delivery.open_feed import open_feed
 from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.recording.journal import AttemptSetup
 from mixtera_hpc.dataplane.resources import PlaneResources

@@ -11,140 +11,21 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.chunk_plan import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
-from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
-from mixtera_hpc.dataplane.reading.processes.process_feed import ProcessFeed
-from mixtera_hpc.dataplane.reading.processes.workers import Workers, open_batch_source
+from mixtera_hpc.dataplane.reading.delivery.batch_feed import BatchFeed
+from mixtera_hpc.dataplane.reading.delivery.batch_message import BATCH, ERROR, USER_ERROR, BatchMessage
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
-from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError
+from mixtera_hpc.errors import CommError, DataError
 
-__all__ = ["BatchFeed", "FollowingFeed", "LeadingFeed", "check_delivery", "open_feed"]
-
-NUM_HEADER = 4
-"""Integers in front of a message: its kind, training step, chunk, and the rows of a batch or the length of a text."""
-
-BATCH, END, USER_ERROR, ERROR = range(4)
-"""Kinds of messages. `END` also says that the trainer leaves before the end of the data."""
-
-
-class BatchFeed(Protocol):
-    """The origin of the batches of a session: its own reading thread or processes, or the leader of its group."""
-
-    @property
-    def places(self) -> Sequence[ReadPlace]:
-        """Places where this rank reads; empty if it does not."""
-
-    def submit(self, plan: ChunkPlan, first_step: int) -> None:
-        """Take a plan; its steps before `first_step` are skipped."""
-
-    def get(self, timeout_s: float) -> Batch | None:
-        """Return the next batch, or None after the end of the data.
-
-        Raises:
-            queue.Empty: no batch is ready within `timeout_s`.
-        """
-
-    @property
-    def num_ready(self) -> int:
-        """Batches that `get` returns without waiting; as many as possible if this rank never waits for a read."""
-
-    def advance(self) -> None:
-        """Pass on what is ready; does not block."""
-
-    def finish(self) -> None:
-        """Complete what peers may wait for. **Collective.**"""
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Stop reading; see `Prefetcher.close`."""
-
-
-def check_delivery(source: Source) -> None:
-    """Raise ConfigError if batches of `source` cannot be passed on."""
-    if not source.layout.in_tokens:
-        raise ConfigError(
-            "dataplane.delivery=lead passes on tokens, but mixture.unit is samples.\n"
-            "  Set dataplane.delivery=each: every rank of a group then reads its samples itself."
-        )
-
-
-def open_feed(source: Source, batch_slice: BatchSlice, group: Communicator | None, ranks_of_node: int) -> BatchFeed:
-    """Open what this rank gets its batches from. **Collective** inside the group.
-
-    Args:
-        source: what is served.
-        batch_slice: what this rank gets of every step.
-        group: the ranks that get the same batches; None if no message passes between them.
-        ranks_of_node: number of ranks on this node.
-    """
-    is_passed_on = group is not None and source.config.dataplane.delivery == "lead"
-    if group is not None and is_passed_on and not batch_slice.is_group_leader:
-        return FollowingFeed(group, source, batch_slice)
-    maker = open_batch_source(source, batch_slice, ranks_of_node)
-    prefetch_batches = source.config.dataplane.prefetch_batches
-    own: BatchFeed
-    if isinstance(maker, Workers) and source.layout.in_tokens:
-        own = ProcessFeed(maker, prefetch_batches)
-    else:
-        # Samples of processes come through a socket, which a thread empties.
-        own = Prefetcher(maker, prefetch_batches)
-    return LeadingFeed(own, group, source, batch_slice) if group is not None and is_passed_on else own
-
-
-class _Message:
-    """A buffer that holds one batch, one error, or nothing but its kind."""
-
-    def __init__(self, num_rows: int, num_tokens: int) -> None:
-        """Allocate the message for `num_rows` sequences of `num_tokens` tokens each."""
-        self.buffer = np.zeros(8 * NUM_HEADER + num_rows * (8 + 8 * num_tokens + num_tokens - 1), np.uint8)
-        self.header = self.buffer[: 8 * NUM_HEADER].view(np.int64)
-        self._content = self.buffer[8 * NUM_HEADER :]
-        shapes = (
-            (np.dtype(np.int64), (num_rows,)),
-            (np.dtype(np.int32), (num_rows, num_tokens)),
-            (np.dtype(np.int32), (num_rows, num_tokens)),
-            (np.dtype(np.bool_), (num_rows, num_tokens - 1)),
-        )
-        views: list[NDArray[Any]] = []
-        begin = 0
-        for dtype, shape in shapes:
-            end = begin + dtype.itemsize * int(np.prod(shape))
-            views.append(self._content[begin:end].view(dtype).reshape(shape))
-            begin = end
-        self.domain_ids, self.tokens, self.document_ids, self.loss_mask = views
-
-    def put_batch(self, batch: Batch) -> None:
-        """Write a batch."""
-        # A batch ramp begins with smaller batches.
-        count = len(batch.domain_ids)
-        self.header[:] = BATCH, batch.step, batch.chunk, count
-        self.domain_ids[:count] = batch.domain_ids
-        self.tokens[:count] = batch.tokens
-        self.document_ids[:count] = batch.document_ids
-        self.loss_mask[:count] = batch.loss_mask
-
-    def put_end(self) -> None:
-        """Write that no batch follows."""
-        self.header[:] = END, 0, 0, 0
-
-    def put_error(self, error: BaseException) -> None:
-        """Write the text of an error, as much of it as fits."""
-        text = str(error).encode()[: len(self._content)]
-        self.header[:] = USER_ERROR if isinstance(error, UserError) else ERROR, 0, 0, len(text)
-        self._content[: len(text)] = np.frombuffer(text, np.uint8)
-
-    def text(self) -> str:
-        """Return the text of an error."""
-        return self._content[: int(self.header[3])].tobytes().decode(errors="replace")
+__all__ = ["FollowingFeed", "LeadingFeed"]
 
 
 class LeadingFeed:
@@ -158,7 +39,7 @@ class LeadingFeed:
         self._shape = (batch_slice.size_of(source.planner.batch_schedule.largest), source.grid.length)
         self._ready: deque[Batch] = deque()
         """Passed on, and not handed out yet."""
-        self._sent: deque[tuple[_Message, CollectiveRequest]] = deque()
+        self._sent: deque[tuple[BatchMessage, CollectiveRequest]] = deque()
         """Broadcasts in progress, with the messages that they read."""
         self._has_ended = False
 
@@ -188,7 +69,7 @@ class LeadingFeed:
 
     def finish(self) -> None:
         if not self._has_ended:
-            message = _Message(*self._shape)
+            message = BatchMessage(*self._shape)
             message.put_end()
             self._send(message)
             self._has_ended = True
@@ -201,7 +82,7 @@ class LeadingFeed:
 
     def _pass_on(self, timeout_s: float) -> None:
         """Take the next batch of this rank and start its broadcast, or that of the end or an error."""
-        message = _Message(*self._shape)
+        message = BatchMessage(*self._shape)
         try:
             batch = self._own.get(timeout_s)
         except queue.Empty:
@@ -219,7 +100,7 @@ class LeadingFeed:
         self._has_ended = batch is None
         self._send(message)
 
-    def _send(self, message: _Message) -> None:
+    def _send(self, message: BatchMessage) -> None:
         self._sent.append((message, self._group.Ibcast(message.buffer)))
 
 
@@ -235,8 +116,8 @@ class FollowingFeed:
         self._is_audited = source.config.dataplane.audit
         self._plan_digests: dict[int, int] = {}
         """Chunk → digest of its plan, as this rank received it."""
-        self._end: _Message | None = None
-        self._message: _Message | None = None
+        self._end: BatchMessage | None = None
+        self._message: BatchMessage | None = None
         self._request: CollectiveRequest | None = None
         self._post()
 
@@ -245,10 +126,10 @@ class FollowingFeed:
 
     def get(self, timeout_s: float) -> Batch | None:
         message = self._received(timeout_s)
-        kind = int(message.header[0])
+        kind = message.kind
         if kind == BATCH:
             # The plan of a new chunk may arrive after the batch that the leader made from it.
-            chunk = int(message.header[2])
+            chunk = message.chunk
             if chunk not in self._plan_digests:
                 time.sleep(timeout_s)
                 raise queue.Empty
@@ -278,7 +159,7 @@ class FollowingFeed:
         while self._end is None:
             assert self._request is not None and self._message is not None  # Posted whenever the end is unknown.
             wait(self._request)
-            if int(self._message.header[0]) != BATCH:
+            if self._message.kind != BATCH:
                 self._end = self._message
             else:
                 self._post()
@@ -287,10 +168,10 @@ class FollowingFeed:
         """Do nothing: this rank runs no reading thread."""
 
     def _post(self) -> None:
-        self._message = _Message(*self._shape)
+        self._message = BatchMessage(*self._shape)
         self._request = self._group.Ibcast(self._message.buffer)
 
-    def _received(self, timeout_s: float) -> _Message:
+    def _received(self, timeout_s: float) -> BatchMessage:
         """Return the message that arrived, the last one again after the end."""
         if self._end is not None:
             return self._end
@@ -301,15 +182,15 @@ class FollowingFeed:
                 raise queue.Empty
         return self._message
 
-    def _batch_of(self, message: _Message) -> Batch:
-        count = int(message.header[3])
+    def _batch_of(self, message: BatchMessage) -> Batch:
+        count = message.count
         tokens = message.tokens[:count].astype(np.int64)
         domain_ids = message.domain_ids[:count].copy()
         # Of what arrived here, not of what the leader sent.
         digests = batch_digests(tokens, domain_ids < 0, sequence_digest) if self._is_audited else None
-        chunk = int(message.header[2])
+        chunk = message.chunk
         return Batch(
-            step=int(message.header[1]),
+            step=message.step,
             domain_ids=domain_ids,
             positions=np.arange(count) + self._slice.group * count,
             tokens=tokens,
