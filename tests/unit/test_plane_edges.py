@@ -7,8 +7,10 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +230,53 @@ def test_batches_that_were_made_together_are_handed_over_together(
             asked.get(timeout=0.2)
     assert prefetcher.num_ready == expected
     prefetcher.close()
+
+
+def test_a_thread_that_hands_batches_over_is_woken_when_all_of_them_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetcher_module, "HAND_OVER_S", 600)
+
+    def make(step: int) -> None:
+        maker.next_is_made = step < 2
+
+    maker = EndlessMaker(before=make)
+    prefetcher = Prefetcher(maker, 3)
+    # As if a trainer waited that does not get its turn.
+    prefetcher._is_awaited = True
+    prefetcher.submit(EMPTY_PLAN, 0)
+    while not prefetcher._is_handing_over:
+        time.sleep(1e-4)
+    notify = prefetcher._has_room.notify
+    ready_at_turns: list[int] = []
+
+    def notify_and_count() -> None:
+        ready_at_turns.append(prefetcher.num_ready)
+        notify()
+
+    monkeypatch.setattr(prefetcher._has_room, "notify", notify_and_count)
+    for _ in range(3):
+        assert prefetcher.get(timeout_s=600) is not None
+    assert ready_at_turns == [0]
+    prefetcher.close()
+
+
+def test_the_reading_thread_holds_no_batch_that_the_trainer_has_dropped() -> None:
+    dropped: queue.SimpleQueue[weakref.ref[Any]] = queue.SimpleQueue()
+    is_held: list[bool] = []
+
+    def look(step: int) -> None:
+        if 0 < step < 4:
+            is_held.append(dropped.get(timeout=600)() is not None)
+
+    prefetcher = Prefetcher(EndlessMaker(before=look), 1)
+    prefetcher.submit(EMPTY_PLAN, 0)
+    for _ in range(4):
+        batch = prefetcher.get(timeout_s=600)
+        assert batch is not None
+        tokens = weakref.ref(batch.tokens)
+        del batch
+        dropped.put(tokens)
+    prefetcher.close()
+    assert is_held == [False] * 3
 
 
 def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:

@@ -1,7 +1,9 @@
 """The reduction of a step names the slowest rank of every stage."""
 
+import weakref
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading import batch_maker
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 from mixtera_hpc.dataplane.steps.reduction.stage_times import maxima_of, pack_times, times_alone
 from mixtera_hpc.dataplane.steps.reduction.step_buffer import StepContribution
 from mixtera_hpc.dataplane.steps.reduction.step_reducer import RankFlags, StepReducer
@@ -81,3 +85,26 @@ def test_a_read_is_written_a_few_steps_at_a_time(collection: list[str], monkeypa
         seen = [(batch.step, maker.places[0].now().step, maker.next_is_made) for batch in maker.batches(plan, 0)]
     # The place has the first step of those that are written together; the last of them waits for more to be written.
     assert seen == [(0, 0, True), (1, 0, False), (2, 2, True), (3, 2, False), (4, 4, False)]
+
+
+def test_batches_that_were_dropped_are_free_before_the_next_are_written(
+    collection: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_maker, "TOKENS_PER_WRITE", 2 * 8 * 16)
+    words = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=5"]
+    source = open_source(compose([*collection, *words]), Local())
+    served: list[weakref.ref[Any]] = []
+    num_held: list[int] = []
+    write = StoredSequences.write
+
+    def write_and_count(self: StoredSequences, number: int, memory: TokenArrays | None = None) -> TokenArrays:
+        num_held.append(sum(tokens() is not None for tokens in served))
+        return write(self, number, memory)
+
+    monkeypatch.setattr(StoredSequences, "write", write_and_count)
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
+        batches = maker.batches(plan, 0)
+        for _ in range(5):
+            served.append(weakref.ref(next(batches).tokens))
+    assert num_held == [0] * 5

@@ -19,7 +19,7 @@ from mixtera_hpc.core.slots.served_counts import ServedCounts
 
 __all__ = ["SegmentOrder", "Slots"]
 
-MAX_PIECE = 512
+MAX_PIECE = 2048
 """Slots in one pass of EDF, so that the calls in it that hold the interpreter's lock are short."""
 NEAR = 128
 """Slots between two ranges that EDF passes through faster than `counts_before` jumps over them."""

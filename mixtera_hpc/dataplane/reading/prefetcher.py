@@ -52,6 +52,8 @@ class Prefetcher:
         self._is_stopping = False
         self._is_awaited = False
         """True while the trainer's thread waits for a batch."""
+        self._is_handing_over = False
+        """True while the thread pauses until the queue is empty."""
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
 
@@ -109,8 +111,11 @@ class Prefetcher:
         with self._has_batch:
             if not self._ready and not self._await_batch(timeout_s):
                 raise queue.Empty
-            self._has_room.notify()
-            return self._ready.popleft()
+            item = self._ready.popleft()
+            # A thread that hands batches over pauses until all of them are taken: a turn before that is for nothing.
+            if not self._is_handing_over or not self._ready:
+                self._has_room.notify()
+            return item
 
     def _await_batch(self, timeout_s: float) -> bool:
         """Wait for a batch; the lock is held. Return False if none has come within `timeout_s`."""
@@ -126,6 +131,8 @@ class Prefetcher:
                 for batch in self._maker.batches(work.plan, work.first_step):
                     if not self._put(batch):
                         return
+                    # Its memory is written again for the next batches, once the trainer has freed it.
+                    del batch
                 # No plan follows the last one.
                 if work.plan.last:
                     self._put(_EndOfData())
@@ -143,8 +150,16 @@ class Prefetcher:
             if self._is_stopping:
                 return False
             self._ready.append(item)
+            is_followed = self._maker.next_is_made and isinstance(item, Batch)
+            if is_followed and len(self._ready) < self._prefetch_batches:
+                return True
             self._has_batch.notify()
-            if self._is_awaited and not self._maker.next_is_made:
-                # Gives up the interpreter's lock.
-                self._has_room.wait_for(lambda: self._is_stopping or not self._ready, HAND_OVER_S)
+            if self._is_awaited and not is_followed:
+                self._hand_over()
         return True
+
+    def _hand_over(self) -> None:
+        """Give up the interpreter's lock until the trainer's thread has taken all batches; the lock is held."""
+        self._is_handing_over = True
+        self._has_room.wait_for(lambda: self._is_stopping or not self._ready, HAND_OVER_S)
+        self._is_handing_over = False

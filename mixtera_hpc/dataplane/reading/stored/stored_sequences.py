@@ -5,7 +5,6 @@ where the trainer gets them. Price: beside the copy about 10 bytes written per t
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,27 +43,25 @@ class StoredSequences:
 
         self._lengths = documents.wanted
         stops = documents.wanted_stops
-        first_rows = np.cumsum([0, *(batch.num_sequences for batch in batches)])
-        rows = np.arange(first_rows[-1])
-        # Every sequence has `length` tokens, so the place where a part ends tells its sequence.
-        parts_stop = np.searchsorted(stops, (rows + 1) * length) + 1
-        first_part = np.append(0, parts_stop[:-1])
-        num_parts = parts_stop - first_part
+        counts = [batch.num_sequences for batch in batches]
+        first_rows = np.cumsum([0, *counts])
+        parts_stop = _parts_before_row_ends(documents, length)
+        num_parts = np.diff(parts_stop, prepend=0)
         # Number of each part in its row: the part that begins a row has the number 0.
         part = np.arange(len(stops), dtype=np.int32)
-        self._number = part - np.repeat(first_part.astype(np.int32), num_parts)
+        self._number = part - np.repeat((parts_stop - num_parts).astype(np.int32), num_parts)
         self._first_parts: list[int] = np.append(0, parts_stop)[first_rows].tolist()
 
-        # Parts that begin inside a row, and the place of the prediction of their first token in all loss masks. Such a
-        # part begins where the one before it ends, and a row has one prediction less than tokens.
-        inside = np.flatnonzero(self._number)
-        first_predictions = stops.take(inside - 1) - np.repeat(rows + 1, num_parts - 1)
+        # Parts that begin inside a row, and the place of the prediction of their first token in the loss mask of their
+        # batch. Such a part begins where the one before it ends, and a row has one prediction less than tokens.
+        row = np.arange(first_rows[-1])
+        row_of_batch = row - np.repeat(first_rows[:-1], counts)
+        begins_inside = np.ones(len(stops), np.bool_)
+        begins_inside[parts_stop - 1] = False
+        predictions = stops - np.repeat(row * length + 1 - row_of_batch * (length - 1), num_parts)
+        self._first_predictions = predictions[begins_inside]
         # Each row has one part that does not begin inside of it.
-        borders = (self._first_parts - first_rows).tolist()
-        self._first_predictions = [
-            first_predictions[begin:end] - first_row * (length - 1)
-            for (begin, end), first_row in zip(pairwise(borders), first_rows.tolist(), strict=False)
-        ]
+        self._prediction_borders: list[int] = (self._first_parts - first_rows).tolist()
 
     def shards_of(self, numbers: range) -> NDArray[np.integer[Any]]:
         """Return the different mapped shards that `write` reads for some batches."""
@@ -109,10 +106,20 @@ class StoredSequences:
         loss_mask = batch.loss_mask
         loss_mask.fill(True)
         if not plane.predict_across_documents:
-            loss_mask.reshape(-1)[self._first_predictions[number]] = False
+            own = slice(*self._prediction_borders[number : number + 2])
+            loss_mask.reshape(-1)[self._first_predictions[own]] = False
         if self._source.layout.chat_blocks is None:
             return
         # A store may have marks that this run ignores.
         if plane.chat_loss != "all":
             np.logical_and(loss_mask, tokens[:, 1:] < NOT_TRAINED, out=loss_mask)
         np.bitwise_and(tokens, NOT_TRAINED - 1, out=tokens)
+
+
+def _parts_before_row_ends(documents: Documents, length: int) -> Ints:
+    """Return the number of parts of documents up to the end of each row of `length` tokens."""
+    sizes = documents.part_sizes
+    # A row ends where a part of a window does.
+    num_parts = np.arange(1, len(documents.number) + 1) if sizes is None else sizes.cumsum()
+    is_row_end = documents.wanted_stops.take(num_parts - 1) % length == 0
+    return num_parts.compress(is_row_end)
