@@ -13,7 +13,9 @@ MixteraError                1   an internal error, or a broken machine
 """
 
 import difflib
+import errno
 import importlib.util
+import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -31,6 +33,7 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "exit_code_of",
+    "explain_system_error",
     "is_clean_exit",
     "list_names",
     "missing_package",
@@ -55,6 +58,24 @@ USER_CODE_ERRORS = (Exception, SystemExit, GeneratorExit)
 
 EXIT_INTERRUPTED = 130
 """Exit code of a process that ended on SIGINT, as shells report it."""
+
+
+_SYSTEM_CURES = {
+    "Make room, or choose another place, and run the command again.": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "Make it accessible, or choose another place.": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "Raise the limit of open files (ulimit -n).": (errno.EMFILE, errno.ENFILE),
+    "Choose a shorter name.": (errno.ENAMETOOLONG,),
+    "Check the file system, and run the command again.": (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.ELOOP,
+    ),
+}
+"""Cure → the errors that it is for. Others, such as a missing file, may be faults of this package: they keep their
+traceback."""
+_SYSTEM_CURE_OF = {number: cure for cure, numbers in _SYSTEM_CURES.items() for number in numbers}
 
 
 class MixteraError(Exception):
@@ -170,3 +191,16 @@ def require_package(package: str) -> None:
         spec = None
     if spec is None:
         raise missing_package(ModuleNotFoundError(name=package)) or ModuleNotFoundError(name=package)
+
+
+def explain_system_error(error: OSError | MemoryError | RuntimeError) -> str | None:
+    """Return the message for an error that a user can cure; None for any other."""
+    if not isinstance(error, OSError):
+        if isinstance(error, MemoryError) or "start new thread" in str(error):
+            return f"{error or 'No memory'}.\n  Raise the limits of memory and processes of the job (ulimit -a)."
+        return None
+    if error.errno not in _SYSTEM_CURE_OF:
+        return None
+    # A failed write names no file, and some calls name a descriptor.
+    place = f"{error.filename}: " if isinstance(error.filename, str | os.PathLike) else ""
+    return f"{place}{os.strerror(error.errno)}.\n  {_SYSTEM_CURE_OF[error.errno]}"

@@ -13,9 +13,9 @@ from types import ModuleType
 
 from mixtera_hpc import __version__
 from mixtera_hpc.cli.logging_setup import messages_on_stderr
-from mixtera_hpc.cli.safe_output import escaped_output
+from mixtera_hpc.cli.safe_output import escaped_output, open_closed_streams
 from mixtera_hpc.config.files.file_trust import deny_world_write
-from mixtera_hpc.errors import MixteraError, did_you_mean, missing_package
+from mixtera_hpc.errors import MixteraError, did_you_mean, explain_system_error, missing_package
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_parser"]
 
@@ -94,6 +94,7 @@ def verb_parser(verb: str) -> tuple[argparse.ArgumentParser, ModuleType]:
 
 def _run_verb(verb: str, argv: list[str]) -> int:
     deny_world_write()
+    open_closed_streams()
     with escaped_output():
         return _run_unescaped(verb, argv)
 
@@ -120,6 +121,11 @@ def _run_unescaped(verb: str, argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := explain_system_error(error)) is None:
+            raise
+        print(f"{type(error).__name__}: {message}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

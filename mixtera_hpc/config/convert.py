@@ -150,7 +150,9 @@ def _choice(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 def _list(item: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, list | tuple):
         entries = "" if value is None else value
-        problems.append(f"{path} is {value!r}, expected a list. Write {path}=[{entries}].")
+        is_quoted = isinstance(value, str) and value.startswith("[")
+        cure = "Remove the quotes around the list" if is_quoted else f"Write {path}=[{entries}]"
+        problems.append(f"{path} is {value!r}, expected a list. {cure}.")
         return None
     return [_value(item, part, f"{path}[{i}]", problems) for i, part in enumerate(value)]
 

@@ -119,8 +119,21 @@ def matching_codes(name: str, value: str | ValuePattern, codes_of: Mapping[str, 
         codes = [code for candidate, code in codes_of.items() if _matches_wildcard(candidate, value.split("*"))]
     if not codes:
         near = did_you_mean(text.replace("*", ""), list(codes_of))
-        raise MixtureError(f"A domain key names {name} {relation} {text!r}, but no sample matches.{near}")
+        raise MixtureError(
+            f"A domain key names {name} {relation} {text!r}, but no sample matches.{near}{_unquoted_hint(text)}"
+        )
     return codes
+
+
+def _unquoted_hint(text: str) -> str:
+    """Return a hint for a value that YAML may have made of another text; empty for any other."""
+    if text in ("true", "false"):
+        return "\n  YAML reads yes, on, no and off without quotes as true and false. Put the value in quotes: 'no'."
+    try:
+        float(text)
+    except ValueError:
+        return ""
+    return "\n  YAML reads 01, 1e5 and 12:30 without quotes as numbers. Put the value in quotes: '01'."
 
 
 def _matches_wildcard(value: str, literals: list[str]) -> bool:

@@ -103,5 +103,9 @@ def _legend(figure: Figure) -> tuple[tuple[str, str], ...]:
 def _replace_file(path: Path, text: str) -> None:
     """Write a file atomically, so that a browser that reloads the page never reads an incomplete one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

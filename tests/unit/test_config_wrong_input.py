@@ -36,6 +36,12 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "dataplane.batch_schedule={start: 5, size: 8}",
             r"has keys and values, expected a list\.\n  Write dataplane\.batch_schedule=\[…\]",
         ),
+        ("mixture.group_by='[a]'", r"is '\[a\]', expected a list\. Remove the quotes around the list\."),
+        (
+            "mixture.domains=[{key: {a: [0,1)}}]",
+            r"is not a Hydra override\.\n  Put each text in it that has special characters in double quotes",
+        ),
+        ('data.properties={"a": b}', r"is not a Hydra override\.\n .* and names of keys in none"),
         ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
         ("mixture={kind: natural, capp: 1}", r"^mixture\.capp is not a known key\. Did you mean 'mixture\.cap'"),
         ("query.split=validation", r"^query\.split is not a known key\. Use --split of the verbs query and plan\.$"),

@@ -139,6 +139,27 @@ def test_a_name_that_is_not_utf8_is_refused(tree: Path) -> None:
         discovered(tree, include=["**/*.h5"])
 
 
+@pytest.mark.parametrize("year", [2400, 1500])
+def test_a_modification_time_that_the_index_cannot_hold_is_refused(
+    year: int, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def of_another_year(path: Any, **options: Any) -> os.stat_result:
+        found = stat(path, **options)
+        is_shard = str(path).endswith("a.jsonl")
+        other = {"st_mtime_ns": (year - 1970) * 365 * 86_400 * 10**9}
+        return os.stat_result(found, {**_named(found), **other}) if is_shard else found
+
+    monkeypatch.setattr(os, "stat", of_another_year)
+    with pytest.raises(DataError, match=r"modification time of 'a\.jsonl' is outside .*\n  Set it: touch FILE"):
+        discovered(tree)
+
+
+def _named(status: os.stat_result) -> dict[str, Any]:
+    return {name: getattr(status, name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
+
+
 def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Path) -> None:
     def fingerprint(content: bytes) -> str:
         (tmp_path / "s").write_bytes(content)

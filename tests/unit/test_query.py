@@ -97,6 +97,8 @@ def test_an_expression_selects_the_matching_samples(text: str | None, expected: 
         ("quality > None", r"can only be == or != None"),
         ("quality == True", r"cannot be compared with True"),
         ("quality is 3", r"write quality == 3"),
+        ("language == no", r"'no' stands where a value is expected\. Put text in quotes: 'no'\."),
+        ("language in [en, no]", r"'en' stands where a value is expected"),
         ("quality >", r"does not parse"),
         ("quality = 3", r"does not parse"),
         ("x\0", r"does not parse"),

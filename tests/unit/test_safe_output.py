@@ -1,12 +1,20 @@
 """Texts of data never control the terminal, whichever verb prints them."""
 
+import argparse
+import errno
+import io
 import json
+import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from mixtera_hpc.cli.main import VERBS, main
+from mixtera_hpc.cli.safe_output import escaped_output
+from mixtera_hpc.cli.verbs import status
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
@@ -20,6 +28,17 @@ SERVED = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.ch
 def test_controls_are_shown_as_json_shows_them() -> None:
     assert escape_controls("a\tb\n\x1b[2J\x7f\x85\u202e é") == "a\tb\n\\u001b[2J\\u007f\\u0085\\u202e é"
     assert json.loads(escape_controls(json.dumps(HOSTILE, ensure_ascii=False))) == HOSTILE
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_encoding_of_the_output_lacks_is_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding))
+    with escaped_output():
+        print(json.dumps({"domain": "ü ━ 😀"}, ensure_ascii=False), flush=True)
+    printed = output.getvalue().decode(encoding)
+    assert json.loads(printed) == {"domain": "ü ━ 😀"}
+    assert ("ü" in printed) == (encoding == "latin-1")
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +136,40 @@ def test_no_page_of_a_report_holds_a_control_character(hostile: tuple[list[str],
     page = (run.report / "report.html").read_text()
     assert "\\u001b" in page
     assert not {c for c in page if unicodedata.category(c) == "Cc" or c == "\u202e"} - {"\n", "\t"}
+
+
+class FullDisk(io.StringIO):
+    """A stream on a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_ends_nothing_and_an_answer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def log(args: argparse.Namespace) -> int:
+        print("progress", file=sys.stderr, flush=True)
+        return 0
+
+    monkeypatch.setattr(status, "run", log)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", FullDisk())
+        assert main(["status"]) == 0
+    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", FullDisk())
+        assert main(["status", "--root", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
+def test_a_verb_works_with_closed_standard_streams(closed: str, tmp_path: Path) -> None:
+    """A file that is opened must not get the number of a closed stream."""
+    program = (
+        "import os; from mixtera_hpc.cli.main import main; code = main(['status', '--root', os.environ['ROOT']]); "
+        "number = os.open('/dev/null', os.O_RDONLY); os._exit(code or (0 if number > 2 else 9))"
+    )
+    command = ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, program]
+    done = subprocess.run(command, env=os.environ | {"ROOT": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

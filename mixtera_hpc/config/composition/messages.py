@@ -187,5 +187,11 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
         name = key.lstrip("+~")
         if "." in name and hint_of(name) is None:
             return _cannot_be_set(name)
+        if value.startswith(("[", "{")):
+            return (
+                f"{override!r} is not a Hydra override.\n"
+                "  Put each text in it that has special characters in double quotes, and names of keys in none: "
+                "'mixture.domains=[{key: {source: \"a b, c\"}, weight: 1}]'. Or write it in an experiment file."
+            )
         return f"{override!r} is not a Hydra override. Put its value in extra quotes: '{key}=\"{value}\"'"
     return None

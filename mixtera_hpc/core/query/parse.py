@@ -214,6 +214,10 @@ class _Compiler:
                 value, bool
             ):
                 return -value
+            case ast.Name(id=name):
+                raise ConfigError(
+                    f"query.where: {name!r} stands where a value is expected. Put text in quotes: '{name}'."
+                )
             case ast.List(elts=elements) | ast.Tuple(elts=elements) | ast.Set(elts=elements):
                 return [self._literal(e) for e in elements]
         raise self._not_in_language(tree)

@@ -181,6 +181,11 @@ class _RootSearch:
             raise DataError(
                 f"The file name {path!r} is not UTF-8. Rename the file, or leave it out with data.exclude."
             ) from None
+        # The index stores nanoseconds since 1970 in 64 bits.
+        if not -(2**63) <= status.st_mtime_ns < 2**63:
+            raise DataError(
+                f"The modification time of {path!r} is outside of the years 1678 to 2262.\n  Set it: touch FILE."
+            )
         shard = Shard(
             path=path,
             format=name,

@@ -6,6 +6,7 @@ rank 0 it wakes up every few milliseconds, because some networks only make progr
 calls. Price: a few hundred bytes per unit on every rank, for the list of units.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -226,7 +227,9 @@ class _ScanWorker:
                 self._finished.put(_FinishedUnit(self, unit, self._scan_and_log(unit), None))
             except BaseException as error:  # The main thread raises it.
                 self._finished.put(_FinishedUnit(self, unit, 0, error))
-        self._log.close()
+        # Closing writes again what the disk did not take; the unit has failed, and the main thread knows.
+        with contextlib.suppress(OSError):
+            self._log.close()
 
     def _scan_and_log(self, unit: int) -> int:
         """Scan and log one unit; return its number of rows."""
