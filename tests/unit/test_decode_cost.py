@@ -74,7 +74,7 @@ def counted(source: Source, ranks: int) -> tuple[float, int]:
                 plan, state = source.planner.plan(state, source.weights)
                 for batch in maker.batches(plan, 0):
                     served += sum(len(json.dumps(row)) + 1 for row in batch.payloads or [])
-                    most = max(most, maker._reader._rows._resident(True).num_bytes)
+                    most = max(most, maker._reader._rows._block_rows.resident(raw=True).num_bytes)
                 if plan.last:
                     break
             decoded += maker._reader._rows._cache.loaded_bytes

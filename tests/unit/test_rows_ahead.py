@@ -75,7 +75,7 @@ def read_all(source: Source, rank: int = 0, ranks: int = 1) -> Epochs:
             plan, state = source.planner.plan(state, source.weights)
             for batch in maker.batches(plan, 0):
                 rows += [json.dumps(row) for row in batch.payloads or []]
-                most_bytes = max(most_bytes, reader._resident(True).num_bytes)
+                most_bytes = max(most_bytes, reader._block_rows.resident(raw=True).num_bytes)
             if plan.last:
                 return Epochs(rows, reader._cache.loaded_bytes, most_bytes)
 
@@ -109,7 +109,7 @@ def test_rows_are_kept_again_after_the_memory_was_full(overrides: list[str]) -> 
     source = open_source(compose(overrides), Local())
     plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
     with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
-        ahead = maker._reader._rows._resident(True)._ahead
+        ahead = maker._reader._rows._block_rows.resident(raw=True)._ahead
         assert ahead is not None
         for _ in maker.batches(plan, 0):
             assert ahead.num_bytes

@@ -5,37 +5,30 @@ are served. Rows of formats with a `RowDecoder` are read by one loop over all sh
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams, equal_runs
-from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
-from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows, packed
-from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
-from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
+from mixtera_hpc.dataplane.reading.residency.open_shards import max_open_shards
+from mixtera_hpc.dataplane.reading.rows.block_rows import BlockRows
 from mixtera_hpc.dataplane.reading.rows.mapped_rows import NOT_MAPPED, MappedRows
+from mixtera_hpc.dataplane.reading.rows.open_readers import OpenReaders
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.read_rows import DecodeRows, EncodedRows, ReadableShard, ReadRows
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.rows.shard_kinds import BLOCKS, FIRST_DECODER, ROWS, ShardKinds
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.unchanged.file_comparison import FileComparison
 from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
-from mixtera_hpc.formats.base import BlockRef, GroupReader, RangeReader, RowDecoder, ShardReader, TokenReader
-from mixtera_hpc.formats.batching.json_payloads import decode_payloads
+from mixtera_hpc.formats.base import BlockRef, RowDecoder, ShardReader
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
-from mixtera_hpc.formats.composed_text import open_reader
-from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
-from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["RowReader"]
 
@@ -46,7 +39,7 @@ TEXTS_AT_ONCE = 32
 
 
 class RowReader:
-    """Open shards, and rows of blocks that were decoded as a whole. One per reading thread."""
+    """Read rows from the shards of a source. One per reading thread."""
 
     def __init__(
         self,
@@ -71,21 +64,15 @@ class RowReader:
         """The place of this reader in the data, for the watchdog."""
         index = source.index
         self._max_open_shards = max_open_shards()
-        self._shards: OrderedDict[int, ReadableShard] = OrderedDict()
-        """The readers of single shards, at most half of what may be open; files that share a loop have the rest."""
         self._files = RowFiles(index.data_root, index.shard_paths, self._max_open_shards)
         self._kinds = ShardKinds(index.shard_formats, index.shard_texts)
-        self._paths = ShardPaths(index.data_root, index.shard_paths)
-        self._formats = ShardFormats(source)
-        self._is_range_reader: dict[type, bool] = {}
-        """Class of a reader → True if it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
         largest_block = source.config.data.largest_block_bytes()
         memory = source.memory.blocks
         self._shared_blocks = SharedBlocks(memory.fd) if memory is not None else None
         self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block, self._shared_blocks)
-        self._resident_rows: dict[bool, ResidentRows] = {}
-        """Rows of windows in use: raw rows (True), and texts (False)."""
+        self._readers = OpenReaders(source, comparison, self._cache, self._files, self._max_open_shards)
+        self._block_rows = BlockRows(source, streams, self._cache, self._enter_block, self._are_decoded)
 
     def texts(self, documents: Documents) -> ReadRows:
         """Read rows that are sorted by block and row as texts, or as token ids if the format holds these."""
@@ -149,9 +136,7 @@ class RowReader:
 
     def close(self) -> None:
         """Close every shard."""
-        for shard in self._shards.values():
-            shard.reader.close()
-        self._shards.clear()
+        self._readers.close()
         self._files.close()
         if "_mapped" in self.__dict__ and self._mapped is not None:
             self._mapped.close()
@@ -181,7 +166,7 @@ class RowReader:
 
     def _read_resident(self, documents: Documents, raw: bool) -> Iterator[ReadRows]:
         """Read rows of blocks that are decoded as a whole. Raw samples stay packed, texts are decoded at once."""
-        rows, unpacks = self._resident(raw).read(documents)
+        rows, unpacks = self._block_rows.resident(raw=raw).read(documents)
         distinct = dict.fromkeys(unpacks)
         for unpack in distinct:
             # Nearly always all shards have rows of the same kind.
@@ -261,7 +246,7 @@ class RowReader:
         rows: list[Any] = []
         for first, last in equal_runs(shards) if len(shards) else ():
             self._enter_shard(documents, int(shards[first]), first, last - 1)
-            shard = self._shard(int(shards[first]))
+            shard = self._readers.get(int(shards[first]))
             of_shard = slice(first, last)
             if shard.range_reader is None:
                 rows += self._read_by_block(shard, documents.select(of_shard), raw=raw)
@@ -293,45 +278,14 @@ class RowReader:
         first = self._source.blocks.first_row[of_shard]
         last = first + self._source.blocks.rows[of_shard] - 1
         self.place.enter(READ, number, int(first.min()), int(last.max()))
-        shard = self._shard(number)
+        shard = self._readers.get(number)
         is_decoded = shard.range_reader is None and shard.token_reader is None
         return BLOCKS if is_decoded else ROWS
 
-    def _resident(self, raw: bool) -> ResidentRows:
-        """Return the rows in memory; texts and whole rows are kept apart."""
-        if raw not in self._resident_rows:
-            pack_block = partial(self._pack_block, raw)
-            ahead = rows_ahead(self._source, self._streams, pack_block)
-            max_bytes = self._source.cache_bytes
-            decode_block = partial(self._decode_block, raw)
-            self._resident_rows[raw] = ResidentRows(max_bytes, decode_block, pack_block, self._are_resident, ahead)
-        self._limit_blocks()
-        return self._resident_rows[raw]
-
-    def _are_resident(self, blocks: NDArray[np.int32]) -> NDArray[np.bool_]:
-        are_resident: NDArray[np.bool_] = self._kinds_of(blocks) == BLOCKS
-        return are_resident
-
-    def _limit_blocks(self) -> None:
-        """Leave the memory that rows do not take to decoded blocks."""
-        rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
-        self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
-
-    def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
-        """Decode a block and return the named rows; the lengths of rows have no meaning here."""
-        block, reader = self._enter_block(number)
-        lengths = np.zeros(block.rows, np.int64)
-        return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
-
-    def _pack_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> PackedRows:
-        """Decode a block and return the named rows as they stay in memory."""
-        self._limit_blocks()
-        block, reader = self._enter_block(number)
-        if isinstance(reader, CompressedJsonlReader):
-            return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
-        if raw and isinstance(reader, GroupReader):
-            return packed(reader.payload_groups(block, rows))
-        return packed([self._decode_block(raw, number, rows)])
+    def _are_decoded(self, blocks: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which blocks are decoded as a whole; shape (n,)."""
+        are_decoded: NDArray[np.bool_] = self._kinds_of(blocks) == BLOCKS
+        return are_decoded
 
     def _enter_block(self, number: int) -> tuple[BlockRef, ShardReader]:
         """Record that a block is read, and return it with the reader of its shard."""
@@ -339,7 +293,7 @@ class RowReader:
         shard = int(self._source.blocks.shard[number])
         first_row = int(self._source.blocks.first_row[number])
         self.place.enter(READ, shard, first_row, first_row + block.rows - 1)
-        return block, self._shard(shard).reader
+        return block, self._readers.get(shard).reader
 
     def _read_by_block(self, shard: ReadableShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
         """Read rows of a format without byte ranges, those of one block together."""
@@ -359,34 +313,6 @@ class RowReader:
             else:
                 results = shard.reader.documents(block, lengths, rows)
             yield from (results[i] for i in position.tolist())
-
-    def _shard(self, number: int) -> ReadableShard:
-        """Return an open shard; the one that was not used for longest is closed when there are too many."""
-        self._comparison.use(number)
-        if load_format(self._source.index.shard_formats[number]).maps_files:
-            self._comparison.use_mapped(np.array([number], np.int32))
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-
-        index = self._source.index
-        fmt = self._formats.of(number)
-        path = self._paths.get(number)
-        tokenizer = self._source.tokenizer
-        chat = tokenizer.chat if tokenizer is not None else None
-        reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
-        if type(reader) not in self._is_range_reader:
-            self._is_range_reader[type(reader)] = isinstance(reader, RangeReader)
-        range_reader = cast(RangeReader, reader) if self._is_range_reader[type(reader)] else None
-        token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
-        shard = ReadableShard(reader, range_reader, token_reader)
-        self._shards[number] = shard
-        # Each open shard costs a file descriptor; a run may have many thousands of shards.
-        if len(self._shards) > self._max_open_shards // 2:
-            _, oldest = self._shards.popitem(last=False)
-            oldest.reader.close()
-        self._files.limit(self._max_open_shards - len(self._shards))
-        return shard
 
 
 def distinct_shards(shards: NDArray[np.int32]) -> NDArray[np.int32]:
