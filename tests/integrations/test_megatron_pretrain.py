@@ -4,6 +4,7 @@ Megatron-LM itself needs GPUs. Its groups, its `RerunDataIterator` and the way i
 leaves are those of megatron-core and of `megatron/training/training.py`.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mixtera_hpc import RunFolder, compose
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
 
@@ -41,6 +43,10 @@ WORDS = [
     "query.holdout.fraction=0.2",
     "training.validate_steps=2",
 ]
+
+
+CONTINUED = {"iteration": 3, "consumed_train_samples": 24}
+"""Arguments of Megatron-LM after it has loaded the checkpoint of three steps with 8 sequences each."""
 
 
 class Training:
@@ -76,6 +82,10 @@ class Training:
         self.logged: dict[str, list[int]] = {}
         self.saved_at: list[int] = []
 
+    @property
+    def num_micro_batches(self) -> int:
+        return int(self.args.global_batch_size // self.args.micro_batch_size)
+
     def get_args(self) -> SimpleNamespace:
         return self.args
 
@@ -90,11 +100,11 @@ class Training:
 
     def train_step(self, forward_step: Callable[..., None], data_iterator: RerunDataIterator) -> None:
         data_iterator.advance()
-        for _ in range(4):
+        for _ in range(self.num_micro_batches):
             forward_step(data_iterator)
 
     def evaluate_and_print_results(self, forward_step: Callable[..., None], data_iterator: RerunDataIterator) -> None:
-        for _ in range(4 * self.args.eval_iters):
+        for _ in range(self.num_micro_batches * self.args.eval_iters):
             forward_step(data_iterator)
 
     def save_checkpoint(self, iteration: int, train_data_iterator: RerunDataIterator) -> None:
@@ -178,9 +188,61 @@ def test_a_checkpoint_continues_with_the_next_step(config: Config, tmp_path: Pat
 
     first = Training(tmp_path / "two", train_iters=4, save_interval=3)
     run(first, config, tmp_path / "run_in_two")
-    second = Training(tmp_path / "two", iteration=3, consumed_train_samples=24)
+    second = Training(tmp_path / "two", **CONTINUED)
     run(second, config, tmp_path / "run_in_two")
     assert first.served[:12] + second.served == whole.served
+
+
+EDITS: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
+    "length": (["--change-seq-len", "32"], {"seq_len": 32}, {"seq_length": 32}, 8),
+    "batch size": (
+        ["--change-batch-size", "dataplane.global_batch_size=12"],
+        {"global_batch_size": 12},
+        {"global_batch_size": 12},
+        12,
+    ),
+    "drop": (["--drop", "source == 'ast'"], {}, {}, 8),
+    "skip": (["--skip-steps", "3..4"], {}, {}, 8),
+}
+"""Words of `resume`, what they change in the configuration and in Megatron's arguments, and the sequences of a step."""
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_run_continues_after_an_edit(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    words, changes, args, size = EDITS[name]
+    folder = tmp_path / "mine" / "run"
+    audited = replace(config, dataplane=replace(config.dataplane, audit=True))
+    run(Training(tmp_path, train_iters=3, save_interval=3), audited, folder)
+    assert main(["resume", str(folder), *words]) == 0
+    if changes:
+        with pytest.raises(ConfigError, match=r"Megatron's arguments do not fit|opened with other settings"):
+            run(Training(tmp_path, **CONTINUED, **args), audited, folder)
+
+    edited = replace(audited, dataplane=replace(audited.dataplane, **changes))
+    second = Training(tmp_path, **CONTINUED, **args)
+    run(second, edited, folder)
+    assert sorted({step for step, _, _ in second.served}) == [3, 4, 5]
+    capsys.readouterr()
+    assert main(["trace", str(folder), "--verify", "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["num_steps"], verdict["num_sequences"]) == (6, 3 * 8 + 3 * size)
+
+
+def test_a_checkpoint_behind_an_edit_is_refused(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "run"
+    run(Training(tmp_path, train_iters=3, save_interval=3), config, folder)
+    assert main(["resume", str(folder), "--skip-steps", "1..2"]) == 0
+    with pytest.raises(ConfigError, match="state is of step 3, but an edit made the run continue from step 1"):
+        run(Training(tmp_path, **CONTINUED), config, folder)
+
+
+def test_a_state_of_another_step_is_refused(config: Config, tmp_path: Path) -> None:
+    run(Training(tmp_path, train_iters=3, save_interval=3), config, tmp_path / "run")
+    (tmp_path / "iter_0000003").rename(tmp_path / "iter_0000004")
+    with pytest.raises(ConfigError, match="continues after 4 iterations, but the state of the data belongs after 3"):
+        run(Training(tmp_path, iteration=4, consumed_train_samples=32), config, tmp_path / "run")
 
 
 def test_a_stop_file_ends_the_training_after_a_checkpoint(config: Config, tmp_path: Path) -> None:
@@ -243,7 +305,6 @@ def test_micro_batches_that_megatron_computes_again_count_once(config: Config, t
         ({"dataloader_save": None}, "--dataloader-save must be set where --save is"),
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide the 8 sequences"),
         ({"iteration": 3, "consumed_train_samples": 24}, "holds no state of the data plane"),
-        ({"consumed_train_samples": 24}, "Megatron continues after 24 samples"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(

@@ -135,11 +135,11 @@ class MegatronPretraining:
         """Load the state that belongs to the checkpoint that Megatron has loaded. **Collective.**"""
         if args.iteration > 0:
             data.load_state_dict(_saved_state(args))
-        consumed = data.plane.next_step * args.global_batch_size
-        if args.consumed_train_samples != consumed:
+        # Not its samples: an edit of the run may have changed the batch size.
+        if args.iteration != data.plane.next_step:
             raise ConfigError(
-                f"Megatron continues after {args.consumed_train_samples} samples, but the state of the data belongs "
-                f"after {consumed}.\n  Let --load and --dataloader-save name checkpoints of the same run."
+                f"Megatron continues after {args.iteration} iterations, but the state of the data belongs after "
+                f"{data.plane.next_step} steps.\n  Let --load and --dataloader-save name checkpoints of the same run."
             )
 
     def _train_step(self, *args: Any, **kwargs: Any) -> Any:
