@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc import RunFolder
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.dataplane.recording.journal import read_lines
 
 from .conformance import LEARNING_STEPS, Runs, TrainerConformance, assert_verified, what_the_trainer_logged
@@ -17,6 +18,7 @@ from .served_stream import read_records, trained_digests
 PYTHON = REPOSITORY / ".venv-torchtitan/bin/python"
 """torchtitan needs older versions of datasets and fsspec than Lightning does, so it has an environment of its own."""
 
+EXAMPLE = REPOSITORY / "examples/trainers/torchtitan.py"
 TENSOR_PARALLEL = Path(__file__).with_name("torchtitan_tensor_parallel.py")
 REFUSALS = Path(__file__).with_name("torchtitan_checks.py")
 
@@ -48,6 +50,32 @@ def test_losses_of_a_tensor_parallel_group_reach_the_mixing_algorithm(collection
     weights = [line["weights"] for line in read_lines(RunFolder(out).journal) if line["kind"] == "chunk"]
     assert weights[0] != weights[-1]
     assert b"held_out_loss/" in what_the_trainer_logged(out)
+
+
+def test_a_run_continues_after_edits_of_all_kinds(
+    collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine" / "run"
+    before = [*collection, "dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.audit=true"]
+    train(out, 4, before)
+    edits = ["--change-seq-len", "32", "--change-batch-size", "dataplane.global_batch_size=12"]
+    assert main(["resume", str(out), *edits, "--drop", "source == 'ast'", "--skip-steps", "4..5"]) == 0
+    refused = train(out, 8, before, code=1)
+    assert "seq_len was changed to 32, is 16" in refused
+    train(out, 8, [*before, "dataplane.seq_len=32", "dataplane.global_batch_size=12"])
+
+    capsys.readouterr()
+    assert main(["trace", str(out), "--verify", "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["num_steps"], verdict["num_sequences"]) == (8, 4 * 8 + 4 * 12)
+
+
+def train(out: Path, steps: int, overrides: list[str], code: int = 0) -> str:
+    """Run the example in one process; return what it printed."""
+    command = [str(PYTHON), str(EXAMPLE), "--out", str(out), "--steps", str(steps), "--overrides", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == code, done.stderr[-6000:]
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
