@@ -42,7 +42,7 @@ def killed(
 ) -> tuple[Path, subprocess.CompletedProcess[str], float]:
     """Kill rank 2 of 4 after step 8; return the run, the result of the job, and the seconds until the job ended."""
     root = tmp_path_factory.mktemp("killed")
-    words = ["run", *small, f"run.root={root}", "checkpoint.every_steps=3", "training.num_steps=2000"]
+    words = ["run", *small, f"run.root={root}", "checkpoint.every_steps=3", "training.num_steps=20000"]
     with (root / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "4", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         wait_for_step(root, 8, process)
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_with_another_number_of_ranks_and_verifies(
 
 
 def test_a_stop_file_saves_and_exits_with_code_75(cli: Cli, small: list[str], tmp_path: Path) -> None:
-    words = ["run", *small, f"run.root={tmp_path}", "training.num_steps=2000"]
+    words = ["run", *small, f"run.root={tmp_path}", "training.num_steps=20000"]
     with (tmp_path / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "2", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         wait_for_step(tmp_path, 3, process)
