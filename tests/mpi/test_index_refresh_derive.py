@@ -113,7 +113,8 @@ def test_a_repeatedly_killed_build_writes_the_same_bytes(kills: int, data: Path,
         while process.poll() is None and not building_folder(index).exists() and time.monotonic() - began < 600:
             time.sleep(0.002)
         time.sleep(delay_s)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # It may have ended unobserved.
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(600)
         if index.exists():
             assert index.read_bytes() == expected.read_bytes()

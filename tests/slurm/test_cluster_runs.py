@@ -69,7 +69,7 @@ def test_a_submitted_run_serves_what_one_process_serves(mixtera: Mixtera, comman
 
 
 def test_a_run_that_is_signalled_continues_in_the_next_job_without_a_gap(mixtera: Mixtera, small: list[str]) -> None:
-    mixtera("submit", *small, "job.max_attempts=3", "training.num_steps=5000")
+    mixtera("submit", *small, "job.max_attempts=3", "training.num_steps=100000")
     first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 3)
     subprocess.run(["scancel", "--signal=USR2", first["job_id"]], check=True)
     second = wait_until(mixtera, lambda now: now["attempt"] == 2 and now["state"] == "RUNNING")
