@@ -14,8 +14,11 @@ folder="$home/plain user/mixtera-hpc"
 
 install() {
   if ! dpkg -s python3-venv >/dev/null 2>&1; then
-    apt-get update -qq
-    apt-get install -y -qq --no-install-recommends python3-venv
+    (
+      flock 9 # A cluster that starts meanwhile may install packages, too.
+      apt-get update -qq -o Acquire::Retries=3
+      apt-get install -y -qq --no-install-recommends -o Acquire::Retries=3 python3-venv
+    ) 9>/run/mixtera-apt.lock
   fi
   id "$user" >/dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
   rm -rf "$home/plain user"
