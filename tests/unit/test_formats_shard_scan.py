@@ -16,7 +16,8 @@ from mixtera_hpc.formats.base import RowBatch
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard, scan_spec_of
+from mixtera_hpc.formats.shard_file import ShardFile
+from mixtera_hpc.formats.shard_scan import scan_shard, scan_spec_of
 from mixtera_hpc.formats.user_functions import source_digest
 
 

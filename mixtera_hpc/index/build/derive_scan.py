@@ -17,7 +17,8 @@ from mixtera_hpc.errors import DataError, PropertyIndexError, pluralize
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanUnit, null_column
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS
-from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
+from mixtera_hpc.formats.shard_file import ShardFile
+from mixtera_hpc.formats.shard_scan import scan_shard
 from mixtera_hpc.index.build.extend_result import add_columns, concatenate_columns
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks
 from mixtera_hpc.index.read.open import PropertyIndex

@@ -19,7 +19,8 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit, null_column
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_errors import ShardLayoutError
-from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
+from mixtera_hpc.formats.shard_file import ShardFile
+from mixtera_hpc.formats.shard_scan import scan_shard
 from mixtera_hpc.index.layout import DATASET
 from mixtera_hpc.index.scan.computed_properties import ComputedProperties, RowPlace
 from mixtera_hpc.index.scan.scan_result import (
