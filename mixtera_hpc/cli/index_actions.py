@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mixtera_hpc.index.read.duplicates import find_duplicates
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import ChangedShard, changed_shards, deeply_changed_shards, refuse_changed
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
+from mixtera_hpc.index.token_store.store_check import changed_stores, refuse_changed_stores
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["run_action"]
@@ -124,6 +125,8 @@ def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     with index:
         tokenizer = _load_counting_tokenizer(config, index) if args.deep else None
         changed = deeply_changed_shards(index, tokenizer, comm) if args.deep else []
+        in_tokens = replace(config, mixture=replace(config.mixture, unit="tokens"))
+        stores = changed_stores(in_tokens, index, tokenizer, comm) if tokenizer is not None else []
         if comm.rank > 0:
             return ActionOutput()
         by_time = changed_shards(index)
@@ -132,8 +135,12 @@ def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
         # Content decides. Shards that only have another modification time are named, because a run refuses them.
         known = {shard.path for shard in changed}
         touched = [shard.path for shard in by_time if shard.path not in known]
-        compared = "fingerprints and samples" + (", token counts included" if tokenizer is not None else "")
-        return _verified(args, index, changed, {"touched": touched}, compared)
+        compared = "fingerprints and samples" + (", tokens included" if tokenizer is not None else "")
+        if not args.json:
+            refuse_changed(index, changed)
+            refuse_changed_stores(stores)
+        more = {"touched": touched, "stores": [f"{problem.path} row {problem.row}" for problem in stores]}
+        return _verified(args, index, changed, more, compared)
 
 
 def _verified(
@@ -147,7 +154,7 @@ def _verified(
     if args.json:
         listed = [{"path": shard.path, "problem": shard.problem} for shard in changed]
         text = json.dumps({"fresh": not changed, "changed": listed, **more})
-        return ActionOutput(text=text, exit_code=2 if changed else 0)
+        return ActionOutput(text=text, exit_code=2 if changed or more.get("stores") else 0)
     refuse_changed(index, changed)
     shards = pluralize(len(index.tables.shards.path), "shard")
     text = f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})"

@@ -25,7 +25,15 @@ from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["ChangedShard", "changed_shards", "check_fresh", "check_shard", "deeply_changed_shards", "refuse_changed"]
+__all__ = [
+    "ChangedShard",
+    "changed_shards",
+    "check_fresh",
+    "check_shard",
+    "deeply_changed_shards",
+    "refuse_changed",
+    "sample_blocks",
+]
 
 MAX_LISTED = 5
 """Shards that an error message lists."""
@@ -178,7 +186,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
     reader = open_reader(file_format, path, text, cache, tokenizer.chat if tokenizer is not None else None)
     try:
-        for block in _sample_blocks(np.arange(first, stop)).tolist():
+        for block in sample_blocks(np.arange(first, stop)).tolist():
             if not has_text:
                 _read_payloads(index, block, reader)
                 continue
@@ -216,7 +224,7 @@ def _token_problem(index: PropertyIndex, block: int, reader: ShardReader, tokeni
     return f"row {place.first_row + row} has {counts[first]} tokens, indexed with {samples.tokens[row]}"
 
 
-def _sample_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+def sample_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return some of a shard's blocks, ascending."""
     if len(blocks) <= SAMPLED_BLOCKS:
         return blocks
