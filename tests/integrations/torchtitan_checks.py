@@ -89,6 +89,7 @@ def refusals() -> dict[str, str]:
 
 def losses() -> dict[str, float]:
     """Return the difference to torchtitan's loss, and to its gradients."""
+    torch.manual_seed(0)
     logits = torch.randn(3, 5, 11, requires_grad=True)
     labels = torch.randint(11, (3, 5))
     labels[0, :2] = IGNORE_INDEX
