@@ -202,6 +202,7 @@ def test_keys_below_open_mappings_are_set_without_a_plus() -> None:
         "choice(a,b)",
         "#no comment",
         " ",
+        "/home/jürgen/数据",
     ],
 )
 def test_text_arrives_as_typed(text: str) -> None:
@@ -220,6 +221,7 @@ def test_text_arrives_as_typed(text: str) -> None:
         ["train.py", "--steps", "100", "--lr", "1e-3", "--decay", ".5", "--offset", "-1"],
         ["true", "nan", "-inf", "a1"],
         ["prose/*.jsonl", "1.2.3", "10:20", "2024-01-01"],
+        ["/home/jürgen/数据", "a=b", "a;b", "#a", "~a", "!a", "a & b", "<a>", "`a`", "--name=x y"],
     ],
 )
 @pytest.mark.parametrize("sweep", [False, True])

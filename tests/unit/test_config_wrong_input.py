@@ -41,6 +41,8 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "mixture.domains=[{key: {a: [0,1)}}]",
             r"is not a Hydra override\.\n  Put each text in it that has special characters in double quotes",
         ),
+        ("job.command=[a(b]", r"Put each text in double quotes: 'job\.command=\[\"a, b\", \"c\"\]'"),
+        ("data.properties.ü=a", r"the key 'data\.properties\.ü' is not ASCII\. Write it in an experiment file\."),
         ('data.properties={"a": b}', r"is not a Hydra override\.\n .* and names of keys in none"),
         ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
         ("mixture={kind: natural, capp: 1}", r"^mixture\.capp is not a known key\. Did you mean 'mixture\.cap'"),

@@ -156,6 +156,23 @@ def test_a_modification_time_that_the_index_cannot_hold_is_refused(
         discovered(tree)
 
 
+@pytest.mark.parametrize("exclude", [[], ["a.jsonl"]])
+def test_a_path_that_no_call_takes_is_named(exclude: list[str], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def too_long(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("a.jsonl"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", too_long)
+    if exclude:
+        assert "a.jsonl" not in discovered(tree, exclude=exclude)
+    else:
+        with pytest.raises(DataError, match=r"a\.jsonl cannot be read: File name too long\.\n .*data\.exclude"):
+            discovered(tree)
+
+
 def _named(status: os.stat_result) -> dict[str, Any]:
     return {name: getattr(status, name) for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")}
 

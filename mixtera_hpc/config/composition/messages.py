@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mixtera_hpc.config.composition.conf_folders import conf_folders, group_options, own_files
 from mixtera_hpc.config.composition.override_words import hydra_words
 from mixtera_hpc.config.convert import missing_key, unknown_key
-from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
+from mixtera_hpc.config.key_paths import hint_of, schema_keys, takes_texts, without_none
 from mixtera_hpc.errors import did_you_mean
 
 __all__ = ["explain"]
@@ -185,8 +185,12 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
         if not key or not value:
             return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
         name = key.lstrip("+~")
+        if hint_of(name) is not None and not re.fullmatch(r"[\w./@-]+", name, re.ASCII):
+            return f"{override!r} cannot be set here: the key {name!r} is not ASCII. Write it in an experiment file."
         if "." in name and hint_of(name) is None:
             return _cannot_be_set(name)
+        if takes_texts(hint_of(name)):
+            return f'{override!r} is not a Hydra override. Put each text in double quotes: \'{key}=["a, b", "c"]\''
         if value.startswith(("[", "{")):
             return (
                 f"{override!r} is not a Hydra override.\n"

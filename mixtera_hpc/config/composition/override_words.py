@@ -2,7 +2,8 @@
 
 Hydra parses every value with its own grammar, in which `query.where=q >= 0.5` is an error and `job.name=7` a
 number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed,
-and so are the entries of a list of texts that Hydra would read as numbers (`job.command=[train,--steps,100]`).
+and so are the entries of a list of texts that Hydra would read as numbers or not at all
+(`job.command=[train,--steps,100,--name=ü]`).
 """
 
 import re
@@ -14,14 +15,16 @@ from mixtera_hpc.errors import ConfigError
 __all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "sweep_values"]
 
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
-_PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE)
+_PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE | re.ASCII)
 """Text that Hydra reads as the same text."""
 _LIST_ENTRY = re.compile(
     r"""(?P<kept>(['"])(?:\\.|(?!\2).)*\2|\$\{[^}]*\})"""
-    r"""|(?<=[\[,])(?P<space>\s*)(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*[,\]])""",
-    re.DOTALL | re.IGNORECASE,
+    r"""|(?<=[\[,])(?P<space>\s*)(?P<text>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false"""
+    r"""|[^,\[\]{}()"'$\\]*?[^\w\s/+.%*@?|:,\[\]{}()"'$\\-][^,\[\]{}()"'$\\]*?)(?=\s*[,\]])""",
+    re.DOTALL | re.IGNORECASE | re.ASCII,
 )
-"""Quoted text or an interpolation (`kept`), or an entry that Hydra reads as a number or a truth value (`number`)."""
+"""Quoted text or an interpolation (`kept`), or an entry that needs quotes (`text`): one that Hydra reads as a number or
+a truth value, or one with a character that Hydra does not read without quotes, such as ü, =, ; or #."""
 _HOME = re.compile(r"~[\w-]*(/|$)")
 
 
@@ -94,7 +97,7 @@ def _hydra_word(word: str, sweep: bool) -> str:
 
 
 def _quoted_entry(match: re.Match[str]) -> str:
-    return match["kept"] or f'{match["space"]}"{match["number"]}"'
+    return match["kept"] or f'{match["space"]}"{match["text"]}"'
 
 
 def _hydra_value(key: str, value: str) -> str:

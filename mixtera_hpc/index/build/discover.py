@@ -205,8 +205,11 @@ def _stat_file(path: Path, *, is_excluded: bool) -> os.stat_result | None:
     try:
         status = path.stat()
     except OSError as error:
+        is_too_long = error.errno == errno.ENAMETOOLONG  # No other call takes the path either.
         if is_excluded:
-            return path.lstat()
+            return None if is_too_long else path.lstat()
+        if is_too_long:
+            raise unreadable_path_error(path, error.strerror) from None
         if leads_nowhere(path):
             raise dangling_link_error(path) from None
         # Deleted since it was listed, or a link to a folder above it, which can be followed forever.
