@@ -11,15 +11,8 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import start_local_attempt
-from mixtera_hpc.launch.resume import (
-    NO_EDITS,
-    ResumeRequest,
-    amended_config,
-    check_ended,
-    check_trained_by_launcher,
-    coming_step,
-    record_config,
-)
+from mixtera_hpc.launch.newest_attempt import check_ended, check_trained_by_launcher
+from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest, amended_config, coming_step, record_config
 from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
 from mixtera_hpc.training.model_memory import check_model_memory
 from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt

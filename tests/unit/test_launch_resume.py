@@ -25,8 +25,9 @@ from mixtera_hpc.launch.attempts import (
 )
 from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 from mixtera_hpc.launch.claim import Claim
+from mixtera_hpc.launch.newest_attempt import check_ended, was_submitted
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.resume import ResumeRequest, amended_config, check_ended, record_config, was_submitted
+from mixtera_hpc.launch.resume import ResumeRequest, amended_config, record_config
 
 pytestmark = pytest.mark.slow
 """Composes and records many runs."""

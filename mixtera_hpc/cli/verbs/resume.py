@@ -12,7 +12,8 @@ from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
 from mixtera_hpc.cli.verbs.submit import follow_submitted, print_submitted
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.launch.resume import ResumeRequest, was_submitted
+from mixtera_hpc.launch.newest_attempt import was_submitted
+from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["arguments", "run"]
 
