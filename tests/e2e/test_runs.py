@@ -1,6 +1,7 @@
 """Changes of a run while it trains and between attempts; the trace of the run verifies afterwards."""
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -105,7 +106,9 @@ def test_a_batch_size_that_the_ranks_cannot_share_is_refused_and_not_recorded(tr
     assert "global_batch_size: 12" in (trained / "config.yaml").read_text()
 
 
-def test_a_run_with_edits_verifies_and_its_samples_can_be_located(trained: Path, cli: Cli) -> None:
+def test_a_run_with_edits_verifies_and_its_samples_can_be_located(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    # A copy: other tests see that a refused edit leaves no trace.
+    trained = shutil.copytree(trained, tmp_path / "small" / trained.name)
     cli("resume", trained, "training.num_steps=24", "--skip-steps", "12..19")
     changed = ["--change-seed", "dataplane.seed=5", "--change-batch-size", "dataplane.global_batch_size=8"]
     cli("resume", trained, "training.num_steps=34", "--drop", "source == 'argparse'", *changed, ranks=2)
