@@ -56,6 +56,16 @@ def test_every_kind_of_change_is_named(index: PropertyIndex) -> None:
         check_fresh(index)
 
 
+def test_a_time_that_was_cut_to_whole_seconds_is_no_change(index: PropertyIndex) -> None:
+    path = index.data_root / "5.jsonl"
+    seconds = path.stat().st_mtime_ns // 10**9 * 10**9
+    os.utime(path, ns=(seconds, seconds))
+    check_fresh(index)
+    for other in (seconds - 1, seconds - 10**9, seconds + 10**9):
+        os.utime(path, ns=(other, other))
+        assert problems(index) == {"5.jsonl": "changed since, same size"}
+
+
 def test_only_the_first_few_changed_shards_are_named(index: PropertyIndex) -> None:
     shutil.rmtree(index.data_root)
     with pytest.raises(PropertyIndexError) as caught:
