@@ -248,18 +248,19 @@ def test_processes_and_leaders_serve_the_batches_of_a_ramp(
             assert (own.loss_mask == batch.loss_mask[own.positions]).all()
 
 
-@pytest.mark.parametrize("stop", [5, 6, 9])
+@pytest.mark.parametrize(("size", "stop"), [(4, 5), (4, 6), (4, 9), (2, 6)])
 def test_ranks_need_not_share_the_stages_that_are_past(
-    plain: dict[str, Any], new_folder: Callable[[], Path], stop: int
+    plain: dict[str, Any], new_folder: Callable[[], Path], size: int, stop: int
 ) -> None:
-    # Three ranks cannot share batches of 4. Step 5 lies inside of a chunk that begins with such a batch.
-    config = config_of(plain, {"group_by": ["source"]}, batch_schedule=as_config({5: 12}), chunk_steps=4)
+    # Three ranks cannot share batches of 4 or 2. Step 5 lies inside of a chunk that begins with such a batch.
+    sizes = {"global_batch_size": size, "batch_schedule": as_config({5: 12})}
+    config = config_of(plain, {"group_by": ["source"]}, **sizes, chunk_steps=4)
     whole, _ = serve(config, new_folder(), 1, 12)
     folder = new_folder()
     begun, state = serve(config, folder, 1, stop)
     ranks = run_ranks(3, partial(serve, config, folder, 2, 12, state))
     assert [batch.digests for batch in begun] + digests_of(ranks) == [batch.digests for batch in whole]
-    assert verify_run(ServedRun(RunFolder(folder), config)).num_sequences == 5 * 4 + 7 * 12
+    assert verify_run(ServedRun(RunFolder(folder), config)).num_sequences == 5 * size + 7 * 12
 
 
 @pytest.mark.parametrize("stop", [0, 4])
