@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,9 @@ def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     config, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
     with index:
         tokenizer = _load_counting_tokenizer(config, index) if args.deep else None
+        # A store that no run would take is refused first: the check of the shards may take hours.
+        stores = changed_stores(config, index, tokenizer, comm) if tokenizer is not None else []
         changed = deeply_changed_shards(index, tokenizer, comm) if args.deep else []
-        in_tokens = replace(config, mixture=replace(config.mixture, unit="tokens"))
-        stores = changed_stores(in_tokens, index, tokenizer, comm) if tokenizer is not None else []
         if comm.rank > 0:
             return ActionOutput()
         by_time = changed_shards(index)

@@ -57,6 +57,7 @@ def ends_children(row, sample):
     os.read(ready, 1)
     os.close(ready)
     os.close(write_end)
+    os.kill(child, signal.SIGUSR2)  # Slurm's warning, which is delivered before SIGTERM.
     os.kill(child, signal.SIGTERM)
     return program.wait(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -123,6 +123,28 @@ def test_workers_ignore_the_signals_of_the_job(collection: list[str]) -> None:
     workers.close()
 
 
+READS_DURING_SIGNALS = """
+import ctypes, os, signal, threading, time
+from mixtera_hpc.dataplane.reading.processes.worker_program import _ignore_signals
+_ignore_signals()
+read_end, write_end = os.pipe()
+
+def send() -> None:
+    for _ in range(20):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    os.write(write_end, b"!")
+
+threading.Thread(target=send).start()
+print(ctypes.CDLL(None).read(read_end, ctypes.create_string_buffer(1), 1))
+"""
+
+
+def test_an_ignored_signal_does_not_interrupt_a_read_of_a_library() -> None:
+    done = subprocess.run([sys.executable, "-c", READS_DURING_SIGNALS], capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 def test_large_plans_and_large_batches_do_not_deadlock(tmp_path: Path) -> None:
     rows = [{"blob": "x" * 8000, "domain": str(number)} for number in range(1000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

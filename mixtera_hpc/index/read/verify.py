@@ -5,8 +5,9 @@ fingerprint of every shard (size, first and last MiB) and reads some blocks agai
 tokens counted. Files that were added since the build belong to no sample and are ignored.
 """
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = [
     "ChangedShard",
+    "SampledShard",
     "changed_shards",
     "check_fresh",
     "check_shard",
     "deeply_changed_shards",
     "refuse_changed",
-    "sample_blocks",
+    "sampled_shards",
 ]
 
 MAX_LISTED = 5
@@ -49,6 +51,50 @@ class ChangedShard:
 
     path: str
     problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledShard:
+    """A shard as the deep check reads it."""
+
+    number: int
+    path: Path
+    text: str | None
+    """Place of the document in a row; None where rows have no text or are stored tokens."""
+    first_block: int
+    stop_block: int
+    """One past its last block."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of the blocks that are read, ascending."""
+        return list(_sample_blocks(np.arange(self.first_block, self.stop_block)).tolist())
+
+    @contextlib.contextmanager
+    def opened(self, index: PropertyIndex, tokenizer: Tokenizer | None) -> Iterator[ShardReader]:
+        """Open a reader of the shard."""
+        file_format = load_format(index.tables.shards.format[self.number])
+        cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
+        chat = tokenizer.chat if tokenizer is not None else None
+        with contextlib.closing(open_reader(file_format, self.path, self.text, cache, chat)) as reader:
+            yield reader
+
+
+def sampled_shards(index: PropertyIndex) -> list[SampledShard]:
+    """Return every shard of an index, in order."""
+    tables = index.tables
+    paths = index.shard_paths()
+    borders = np.searchsorted(tables.blocks.shard, np.arange(len(paths) + 1)).tolist()
+    return [
+        SampledShard(
+            number=number,
+            path=index.data_root / path,
+            text=None if load_format(tables.shards.format[number]).holds_tokens else text,
+            first_block=borders[number],
+            stop_block=borders[number + 1],
+        )
+        for number, (path, text) in enumerate(zip(paths, index.shard_texts(), strict=True))
+    ]
 
 
 def changed_shards(index: PropertyIndex) -> list[ChangedShard]:
@@ -72,16 +118,17 @@ def deeply_changed_shards(index: PropertyIndex, tokenizer: Tokenizer | None, com
         tokenizer: counts the tokens of the documents again; None skips that.
         comm: the ranks that share the work.
     """
-    count = len(index.tables.shards.path)
-    failed = np.zeros(count, np.int8)
+    shards = sampled_shards(index)
+    failed = np.zeros(len(shards), np.int8)
     # Round-robin, since neighbouring shards tend to have similar sizes.
-    for shard in range(comm.rank, count, comm.size):
-        failed[shard] = bool(_content_problem(index, shard, tokenizer))
+    for shard in shards[comm.rank :: comm.size]:
+        failed[shard.number] = bool(_content_problem(index, shard, tokenizer))
     # Strings cannot be reduced, so ranks agree on which shards failed, and rank 0 finds the words.
     failed = comm.Allreduce(failed, "max")
     if comm.rank > 0:
         return []
-    return _with_problems(index, (_content_problem(index, i, tokenizer) if failed[i] else "" for i in range(count)))
+    problems = (_content_problem(index, shard, tokenizer) if failed[shard.number] else "" for shard in shards)
+    return _with_problems(index, problems)
 
 
 def check_fresh(index: PropertyIndex) -> None:
@@ -155,16 +202,15 @@ def _size_problem(size_bytes: int, indexed_bytes: int) -> str:
     return f"{size_bytes} bytes, indexed with {indexed_bytes}"
 
 
-def _content_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
+def _content_problem(index: PropertyIndex, shard: SampledShard, tokenizer: Tokenizer | None) -> str:
     """Return what is wrong with the content of a shard; empty if nothing is."""
-    shards = index.tables.shards
-    size_bytes = int(shards.size_bytes[shard])
-    path = index.data_root / index.shard_paths()[shard]
+    size_bytes = int(index.tables.shards.size_bytes[shard.number])
+    path = shard.path
     try:
         if path.stat().st_size != size_bytes:
             return _size_problem(path.stat().st_size, size_bytes)
         # Cheap checks first: most changes alter the size or the ends.
-        if fingerprint_of_shard(path, size_bytes) != shards.fingerprint[shard]:
+        if fingerprint_of_shard(path, size_bytes) != index.tables.shards.fingerprint[shard.number]:
             return "its first or last MiB differs"
         return _blocks_problem(index, shard, tokenizer)
     except OSError as error:
@@ -174,29 +220,19 @@ def _content_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | No
         return str(error).splitlines()[0].replace(str(path), "it")
 
 
-def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
+def _blocks_problem(index: PropertyIndex, shard: SampledShard, tokenizer: Tokenizer | None) -> str:
     """Read some blocks of a shard again, and return the first problem."""
-    tables = index.tables
-    path = index.data_root / index.shard_paths()[shard]
-    file_format = load_format(tables.shards.format[shard])
-    text = index.shard_texts()[shard]
-    has_text = text is not None and not file_format.holds_tokens
-    first, stop = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
     # A shard without rows, or one that was skipped because it is damaged: there is nothing to read.
-    if first == stop:
+    if not shard.blocks:
         return ""
-    cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
-    reader = open_reader(file_format, path, text, cache, tokenizer.chat if tokenizer is not None else None)
-    try:
-        for block in sample_blocks(np.arange(first, stop)).tolist():
-            if not has_text:
+    with shard.opened(index, tokenizer) as reader:
+        for block in shard.blocks:
+            if shard.text is None:
                 _read_payloads(index, block, reader)
                 continue
             problem = _token_problem(index, block, reader, tokenizer)
             if problem:
                 return problem
-    finally:
-        reader.close()
     return ""
 
 
@@ -226,7 +262,7 @@ def _token_problem(index: PropertyIndex, block: int, reader: ShardReader, tokeni
     return f"row {place.first_row + row} has {counts[first]} tokens, indexed with {samples.tokens[row]}"
 
 
-def sample_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sample_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return some of a shard's blocks, ascending."""
     if len(blocks) <= SAMPLED_BLOCKS:
         return blocks

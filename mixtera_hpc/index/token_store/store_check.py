@@ -4,7 +4,6 @@ A run trusts its store: a store that was copied incompletely or overwritten woul
 blocks of every shard are read and tokenized once more.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import DataError, pluralize
 from mixtera_hpc.formats.base import BlockRef
-from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
-from mixtera_hpc.formats.composed_text import open_reader
-from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
-from mixtera_hpc.index.read.verify import sample_blocks
+from mixtera_hpc.index.read.verify import SampledShard, sampled_shards
 from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, configured_stores
 from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -55,22 +50,21 @@ def changed_stores(
         DataError: a store is damaged.
     """
     checks = [_StoreCheck(index, store, config.dataplane.chat_loss) for store in configured_stores(config, index)]
-    blocks = index.tables.blocks
-    paths = index.shard_paths()
-    borders = np.searchsorted(blocks.shard, np.arange(len(paths) + 1))
-    rows = np.full(len(paths), -1, np.int64)
-    for shard in range(comm.rank, len(paths), comm.size):
-        for check in checks:
-            if check.holds(int(borders[shard])):
-                rows[shard] = check.differing_row(shard, np.arange(borders[shard], borders[shard + 1]), tokenizer)
+    if not checks:
+        return []
+    shards = sampled_shards(index)
+    check_of = {shard.number: check for shard in shards for check in checks if check.holds(shard)}
+    rows = np.full(len(shards), -1, np.int64)
+    for shard in shards[comm.rank :: comm.size]:
+        if shard.number in check_of:
+            rows[shard.number] = check_of[shard.number].differing_row(shard, tokenizer)
     rows = comm.Allreduce(rows, "max")
     if comm.rank > 0:
         return []
+    paths = index.shard_paths()
     return [
-        StoreProblem(store=check.folder, path=paths[shard], row=int(rows[shard]))
-        for shard in np.flatnonzero(rows >= 0).tolist()
-        for check in checks
-        if check.holds(int(borders[shard]))
+        StoreProblem(store=check_of[number].folder, path=paths[number], row=int(rows[number]))
+        for number in np.flatnonzero(rows >= 0).tolist()
     ]
 
 
@@ -114,40 +108,30 @@ class _StoreCheck:
         """The folder of the store."""
         return self._store.folder
 
-    def holds(self, block: int) -> bool:
-        """Return True if the store is that of the index of a block."""
-        return self._store.first_block <= block < self._store.last_block
+    def holds(self, shard: SampledShard) -> bool:
+        """Return True if the store has documents of a shard."""
+        has_documents = shard.text is not None and shard.first_block < shard.stop_block
+        return has_documents and self._store.first_block <= shard.first_block < self._store.last_block
 
-    def differing_row(self, shard: int, blocks: NDArray[np.int64], tokenizer: Tokenizer) -> int:
+    def differing_row(self, shard: SampledShard, tokenizer: Tokenizer) -> int:
         """Return the first sampled row of a shard with other tokens in the store; -1 without one.
 
         A shard that cannot be read is reported by the check of shards.
         """
         index = self._index
-        file_format = load_format(index.tables.shards.format[shard])
-        text = index.shard_texts()[shard]
-        if file_format.holds_tokens or text is None:
-            return -1
-        cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
-        path = index.data_root / index.shard_paths()[shard]
         try:
-            reader = open_reader(file_format, path, text, cache, tokenizer.chat)
+            with shard.opened(index, tokenizer) as reader:
+                for block in shard.blocks:
+                    place = BlockRef.of(index.tables.blocks, block)
+                    samples = index.read_block(block)
+                    rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
+                    tokens, ends = tokenizer.encode_batch(reader.documents(place, samples.length, rows))
+                    for position, row in enumerate(rows.tolist()):
+                        expected = tokens[ends[position] : ends[position + 1]]
+                        if not self._has(expected, int(self._first_rows[block]) + row):
+                            return place.first_row + row
         except (OSError, DataError):
             return -1
-        try:
-            for block in sample_blocks(blocks).tolist():
-                place = BlockRef.of(index.tables.blocks, block)
-                samples = index.read_block(block)
-                rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
-                tokens, ends = tokenizer.encode_batch(reader.documents(place, samples.length, rows))
-                for position, row in enumerate(rows.tolist()):
-                    expected = tokens[ends[position] : ends[position + 1]]
-                    if not self._has(expected, int(self._first_rows[block]) + row):
-                        return place.first_row + row
-        except (OSError, DataError):
-            return -1
-        finally:
-            reader.close()
         return -1
 
     def _has(self, expected: NDArray[Any], row: int) -> bool:
