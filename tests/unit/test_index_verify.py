@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,23 @@ def test_a_time_that_was_cut_to_whole_seconds_is_no_change(index: PropertyIndex)
     for other in (seconds - 1, seconds - 10**9, seconds + 10**9):
         os.utime(path, ns=(other, other))
         assert problems(index) == {"5.jsonl": "changed since, same size"}
+
+
+def test_the_deep_check_lists_the_shards_a_fixed_number_of_times(
+    index: PropertyIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list for each of 100,000 shards would take hours."""
+    calls: list[str] = []
+    for name in ("shard_paths", "shard_texts"):
+        method = getattr(PropertyIndex, name)
+
+        def listed(self: PropertyIndex, method: Callable[[PropertyIndex], Any] = method) -> Any:
+            calls.append(method.__name__)
+            return method(self)
+
+        monkeypatch.setattr(PropertyIndex, name, listed)
+    assert deeply_changed_shards(index, None, Local()) == []
+    assert len(calls) < len(index.tables.shards.path)
 
 
 def test_only_the_first_few_changed_shards_are_named(index: PropertyIndex) -> None:

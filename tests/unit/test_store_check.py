@@ -81,7 +81,8 @@ def test_other_tokens_are_named_with_their_document(
     assert "run mixtera-hpc tokenize again, or set data.tokens=off" in text
     first = next(n for n, sample in enumerate(texts(0, 30)) if sample["lang"] == "a" and sample["text"])
     assert row == f"0.jsonl row {first + (first > 3)}"  # Row 4 is damaged.
-    assert json.loads(verified([*overrides, "--json", "data.tokens=off"], capsys))["stores"] == []
+    for unread in ("data.tokens=off", "mixture.unit=samples"):
+        assert json.loads(verified([*overrides, "--json", unread], capsys))["stores"] == []
     # A copy that was cut off and filled with zeros.
     np.where(np.arange(len(stored)) < len(stored) // 2, stored, 0).astype("<u2").tofile(path)
     assert len(json.loads(verified([*overrides, "--json"], capsys, 2))["stores"]) == 3
