@@ -170,10 +170,12 @@ class RunControl:
     def _leave_to_parent(self) -> None:
         """Restore the handlers in a process that was forked: signals to it are no requests to this run.
 
-        A pool or loader of the trainer ends its processes with SIGTERM, and waits until they have ended.
+        A pool or loader of the trainer ends its processes with SIGTERM, and waits until they have ended. It also waits
+        for their results, so Slurm's warning, which may reach every process of a step, must not end them.
         """
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            is_fatal_warning = number == signal.SIGUSR2 and handler == signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if is_fatal_warning else handler)
         self._previous = {}
         if self._wakeup is not None:
             signal.set_wakeup_fd(-1)

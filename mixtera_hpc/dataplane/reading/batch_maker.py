@@ -341,7 +341,8 @@ def steps_per_read(source: Source, batch_slice: BatchSlice, num_items: int, plan
         num_items: tokens or samples that are read together, see `items_per_read`.
         plan: the plan of a chunk.
     """
-    size = batch_slice.size_of(source.planner.batch_schedule.size_at(plan.first_step if plan else 0))
+    # A past stage of a batch ramp may have fewer sequences than there are groups.
+    size = max(batch_slice.size_of(source.planner.batch_schedule.size_at(plan.first_step if plan else 0)), 1)
     if source.layout.in_tokens:
         return max(1, round(num_items / (size * source.grid.length)))
     return max(1, num_items // size)

@@ -107,17 +107,16 @@ def _end_with_rank(rank_pid: int) -> None:
 
 
 def _ignore_signals() -> None:
-    """Ignore `IGNORED_SIGNALS`, but not in the processes that a user's function starts: it may end them with SIGTERM.
+    """Ignore `IGNORED_SIGNALS`. A user's function may still end the processes that it starts with SIGTERM.
 
-    `SIG_IGN` would be inherited by programs and forks. A handler is not inherited by programs, and forks remove it.
+    `SIG_IGN` is inherited by programs and forks. A handler is not inherited by programs, and forks remove it.
     """
-
-    def set_handlers(handler: Any) -> None:
-        for number in IGNORED_SIGNALS:
-            signal.signal(number, handler)
-
-    set_handlers(lambda number, frame: None)
-    os.register_at_fork(after_in_child=partial(set_handlers, signal.SIG_DFL))
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # A read in a library continues after the signal. It would fail with EINTR otherwise.
+    signal.siginterrupt(signal.SIGTERM, False)
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
 
 
 def _keep_freed_memory() -> None:
