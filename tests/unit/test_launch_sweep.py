@@ -54,6 +54,8 @@ def test_lists_and_ranges_give_all_combinations() -> None:
         ("job.time=01:00:00,1-02:00:00", ["01:00:00", "1-02:00:00"]),
         ("query.where=q >= 0.3 and l in ['en', 'de']", ["q >= 0.3 and l in ['en', 'de']"]),
         ("query.where='a == 1',\"b == 'x'\"", ["'a == 1'", "\"b == 'x'\""]),
+        ("job.command=[train.py,--name=ü]", ["[train.py,--name=ü]"]),
+        ("job.command=[a=1,b],[c=2]", ['["a=1",b]', '["c=2"]']),
     ],
 )
 def test_commas_inside_text_do_not_separate_values(override: str, values: list[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from mixtera_hpc.config.key_paths import groups, has_short_form, hint_of, takes_text, takes_texts
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "sweep_values"]
+__all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "quote_entries", "sweep_values"]
 
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 _PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE | re.ASCII)
@@ -66,7 +66,7 @@ def sweep_values(word: str) -> list[str]:
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_override(word)
+        parsed = OverridesParser.create().parse_override(quote_entries(word))
     except HydraException:
         return []
     if not parsed.is_discrete_sweep() or "glob(" in word:
@@ -76,6 +76,12 @@ def sweep_values(word: str) -> list[str]:
         return texts
     pairs = zip(parsed.sweep_iterator(), texts, strict=True)
     return [value if type(value) is str else text for value, text in pairs]
+
+
+def quote_entries(word: str) -> str:
+    """Return an override with quotes around the entries of a list of texts that need them; others as they are."""
+    key, _, value = word.partition("=")
+    return f"{key}={_LIST_ENTRY.sub(_quoted_entry, value)}" if takes_texts(hint_of(key.lstrip("+"))) else word
 
 
 def _quoted(text: str) -> str:
@@ -88,10 +94,8 @@ def _hydra_word(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     if not equals or word.startswith("-"):
         return word
-    if takes_texts(hint_of(key.lstrip("+"))):
-        return f"{key}={_LIST_ENTRY.sub(_quoted_entry, value)}"
     if not is_text_key(key):
-        return word
+        return quote_entries(word)
     values = sweep_values(word) if sweep else []
     return f"{key}={','.join(_hydra_value(key, part) for part in values or [value])}"
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from mixtera_hpc.config.composition.override_words import is_text_key, sweep_values
+from mixtera_hpc.config.composition.override_words import is_text_key, quote_entries, sweep_values
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["expand", "swept_keys"]
@@ -33,7 +33,7 @@ def _values(override: str) -> list[str]:
 
     key = override.partition("=")[0]
     try:
-        is_sweep = OverridesParser.create().parse_override(override).is_sweep_override()
+        is_sweep = OverridesParser.create().parse_override(quote_entries(override)).is_sweep_override()
     except HydraException as error:
         if is_text_key(key):
             return [override]
