@@ -43,7 +43,7 @@ MAX_CHUNK_SEQUENCES = 1_000_000
 
 
 def check_run(config: Config, first_step: int = 0) -> None:
-    """Raise one ConfigError that names every problem of `config`, for a run that continues from step `first_step`."""
+    """Raise one ConfigError that names every problem of `config` for the steps from data step `first_step` on."""
     raise_problems(run_problems(config, first_step))
 
 
@@ -69,7 +69,7 @@ def check_index_job(config: Config) -> None:
 
 
 def run_problems(config: Config, first_step: int = 0) -> list[str]:
-    """Return everything wrong with `config` for the steps from `first_step` on, one or two sentences each."""
+    """Return everything wrong with `config` for the steps from data step `first_step` on, one or two sentences each."""
     return [
         *_data(config),
         *_dataplane(config.dataplane, config.mixture),
@@ -278,7 +278,7 @@ def _workers(config: Config) -> list[str]:
 
 
 def _batch_split(config: Config, first_step: int) -> list[str]:
-    """Check that the ranks of the job can share every batch from step `first_step` on evenly.
+    """Check that the ranks of the job can share every batch from data step `first_step` on evenly.
 
     One rank is not checked: mpiexec may start more, and they check again when they start.
     """

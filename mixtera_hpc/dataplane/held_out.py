@@ -63,7 +63,7 @@ class HeldOutBatches:
             ConfigError: the ranks cannot share the batches of a validation evenly.
         """
         global_batch_size = config.dataplane.global_batch_size
-        _check_shared_evenly(global_batch_size, batch_slice.num_groups)
+        _check_batch_is_shared(global_batch_size, batch_slice.num_groups)
         subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
         source = open_source(config, comm, subset=subset)
         self.plan = ValidationPlan.of_source(source)
@@ -190,7 +190,8 @@ class HeldOutBatches:
         return int(np.argmax(has_recorded & (groups == group))) == self._comm.rank
 
 
-def _check_shared_evenly(global_batch_size: int, num_groups: int) -> None:
+def _check_batch_is_shared(global_batch_size: int, num_groups: int) -> None:
+    """Raise ConfigError unless the groups of ranks can share the batches of a validation evenly."""
     # Training does not check this if it begins behind the first stage of a batch ramp.
     if global_batch_size % num_groups:
         raise ConfigError(

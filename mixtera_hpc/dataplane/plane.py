@@ -272,6 +272,7 @@ class DataPlane:
 
         Raises:
             MixtureError: less than one global batch is held out.
+            ConfigError: the ranks cannot share the batches of a validation evenly.
         """
         # The order of held-out samples depends on the number of lanes. A state that is loaded later must have it, too.
         self._resources = replace(self._resources, has_fixed_lanes=True)

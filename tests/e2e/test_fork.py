@@ -106,6 +106,21 @@ def test_a_checkpoint_before_an_edit_continues_with_the_sizes_of_its_time(
         assert main(["resume", str(folder), f"training.num_steps={step + 6}", "--here"]) == 0
 
 
+@pytest.mark.slow
+def test_a_fork_need_not_share_the_stages_of_a_ramp_that_are_past(collection: list[str], tmp_path: Path) -> None:
+    words = ["training.num_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=9", "training.warmup_steps=1"]
+    model = ["training.num_layers=1", "training.num_heads=2", "training.embedding_dim=8", "run.name=parent"]
+    ramp = ["dataplane.global_batch_size=8", "dataplane.batch_schedule=[{start: 2, size: 12}]", "dataplane.seq_len=16"]
+    assert main(["run", *collection, *words, *model, *ramp, f"run.root={tmp_path}", "run.id=p"]) == 0
+    parent = tmp_path / "parent" / "p"
+    # A job of three ranks can share the batches of 12, but not those of 8 before.
+    job = ["job.nodes=3", "job.ranks_per_node=1", "training.num_steps=4"]
+    assert main(["resume", str(parent), *job, "--here"]) == 0
+    mixture = tmp_path / "same.yaml"
+    mixture.write_text(json.dumps({"kind": "natural", "group_by": ["source"]}))
+    assert main(["fork", str(parent), "--step", "4", "--set", str(mixture), "--steps", "2"]) == 0
+
+
 def test_a_step_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "x" / "y"
     folder.mkdir(parents=True)

@@ -50,7 +50,7 @@ class SequencesAhead:
         if slots.sequence is not None or not isinstance(self._lanes, SequenceShuffle) or not len(domain):
             return self._lanes.sequences(slots)
         if len(domain) * MIN_CALLS > MAX_NUMBERS:
-            # A permutation of so many is as fast as one of more.
+            # Permuting the sequences of several such calls together gains nothing.
             return self._lanes.sequences(slots)
         is_known = (ordinal >= self._first.take(domain)) & (ordinal < self._stop.take(domain))
         if not is_known.all() and not self._permute(domain, ordinal):

@@ -264,9 +264,7 @@ class DynamicMixer:
                 for name, values in described.items()
                 if name not in NOT_DESCRIBED
             }
-        except (
-            USER_CODE_ERRORS
-        ):  # The algorithm may be the user's. A report that cannot be made must not stop the training.
+        except USER_CODE_ERRORS:  # A report that an algorithm of the user's cannot make must not stop the training.
             return {}
 
     def _collect(self, wait: bool) -> None:

@@ -112,7 +112,7 @@ class Prefetcher:
             if not self._ready and not self._await_batch(timeout_s):
                 raise queue.Empty
             item = self._ready.popleft()
-            # A thread that hands batches over pauses until all of them are taken: a turn before that is for nothing.
+            # A thread that hands batches over pauses until all of them are taken. To wake it earlier only costs a turn.
             if not self._is_handing_over or not self._ready:
                 self._has_room.notify()
             return item

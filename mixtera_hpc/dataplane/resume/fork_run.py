@@ -120,7 +120,7 @@ def fork_runs(point: ForkPoint, forks: Sequence[Fork], now: datetime) -> list[Ru
 def _checked_config(point: ForkPoint, fork: Fork) -> Config:
     run_id = f"{point.parent.run_id}-s{point.step}-{fork.label}"
     config = replace(point.config, training=fork.training, run=replace(point.config.run, id=run_id))
-    check_run(config)
+    check_run(config, point.state.stream_version.data_step(point.step))
     folder = point.parent.path.with_name(run_id)
     if folder.exists():
         raise ConfigError(
