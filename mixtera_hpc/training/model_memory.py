@@ -1,7 +1,5 @@
 """The memory that a step of the reference trainer takes at least, compared with that of the node."""
 
-from pathlib import Path
-
 from mixtera_hpc.config.batch_memory import memory_of_node
 from mixtera_hpc.config.batch_ramp import sizes_from
 from mixtera_hpc.config.schema import Config
@@ -16,20 +14,19 @@ and the residual (3), queries, keys and values (3), attention (2), and the hidde
 FLOAT_BYTES = 4
 
 
-def check_model_memory(config: Config, num_groups: int, *, memory_bytes: int | None = None) -> None:
-    """Refuse micro-batches whose activations do not fit into the memory of a node that trains on CPUs.
+def check_model_memory(config: Config, num_groups: int) -> None:
+    """Refuse micro-batches whose activations do not fit into the memory of this node, if it trains on CPUs.
 
     Args:
         config: what is trained.
         num_groups: groups of ranks that get different sequences.
-        memory_bytes: memory of the node; None for that of this one.
 
     Raises:
         ConfigError: the activations of one micro-batch alone take more than the memory.
     """
     training = config.training
-    memory = memory_of_node() if memory_bytes is None else memory_bytes
-    if memory is None or not _is_on_cpu(training.device):
+    memory = memory_of_node()
+    if memory is None:
         return
     plane = config.dataplane
     per_token = FLOAT_BYTES * NUMBERS_PER_LAYER * training.num_layers * training.embedding_dim
@@ -37,7 +34,7 @@ def check_model_memory(config: Config, num_groups: int, *, memory_bytes: int | N
         sequences = max(size // num_groups, 1)
         micro_batch_size = min(training.micro_batch_size or sequences, sequences)
         needed = micro_batch_size * plane.seq_len * per_token
-        if needed > memory:
+        if needed > memory and _is_on_cpu(training.device):
             raise ConfigError(
                 f"dataplane.seq_len={plane.seq_len} and {key}={size} need at least {needed / 1e9:.3g} GB for the "
                 f"activations of {micro_batch_size} sequences, but this node has {memory / 1e9:.3g} GB of memory.\n"
@@ -46,5 +43,8 @@ def check_model_memory(config: Config, num_groups: int, *, memory_bytes: int | N
 
 
 def _is_on_cpu(device: str) -> bool:
-    has_gpu = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd"))
-    return device == "cpu" or (device == "auto" and not has_gpu)
+    if device != "auto":
+        return device == "cpu"
+    import torch  # Imported here because it takes seconds, and hardly any configuration gets here.
+
+    return torch.cuda.device_count() == 0

@@ -1,5 +1,6 @@
 """Lengths and batch sizes beyond every memory are refused wherever they can be set, before anything is recorded."""
 
+import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_ranks_share_the_batches_and_the_memory_of_a_node() -> None:
         check_batch_memory(plane, 8, ranks_on_node=64, memory_bytes=MEMORY)
     with pytest.raises(ConfigError, match="64 sequences on each rank"):
         check_batch_memory(plane, 1, memory_bytes=MEMORY // 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "is_refused"), [("auto", 0, True), ("auto", 1, False), ("cpu", 1, True)]
+)
+def test_activations_on_a_gpu_are_not_in_the_memory_of_the_node(
+    monkeypatch: pytest.MonkeyPatch, device: str, num_gpus: int, is_refused: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    config = compose(["data.root=/data", "dataplane.vocab_size=9", f"{LENGTH}=1000000", f"training.device={device}"])
+    with pytest.raises(ConfigError, match="activations") if is_refused else contextlib.nullcontext():
+        model_memory.check_model_memory(config, 1)
 
 
 def test_samples_have_no_length(collection: list[str]) -> None:
