@@ -165,10 +165,11 @@ def test_a_log_that_cannot_be_written_ends_nothing_and_an_answer_does(
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
 def test_a_verb_works_with_closed_standard_streams(closed: str, tmp_path: Path) -> None:
-    """A file that is opened must not get the number of a closed stream."""
+    """A file that is opened must not get the number of a closed stream, and programs that are started have streams."""
     program = (
         "import os; from mixtera_hpc.cli.main import main; code = main(['status', '--root', os.environ['ROOT']]); "
-        "number = os.open('/dev/null', os.O_RDONLY); os._exit(code or (0 if number > 2 else 9))"
+        "number = os.open('/dev/null', os.O_RDONLY); code |= os.system('echo text') and 8; "
+        "os._exit(code or (0 if number > 2 else 9))"
     )
     command = ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, program]
     done = subprocess.run(command, env=os.environ | {"ROOT": str(tmp_path)}, capture_output=True, text=True)
