@@ -39,8 +39,8 @@ laid out like `conf/`.
 - **Entry points.** `mixtera-hpc VERB`, `python -m mixtera_hpc.training` and `mixtera_hpc.compose([...])` take the
   same overrides.
 - **Text.** The value of a key that takes text is used as typed: `'query.where=q >= 0.5'` needs no quotes but those of
-  the shell. So is every entry of a list of texts: `job.command=[train.py,--steps,100]`. Only entries
-  with a comma, a bracket, a quote or a `$` need quotes of their own: `index.paths=["/data/a, b.h5"]`.
+  the shell. So is every entry of a list of texts: `job.command=[train.py,--steps,100]`. Only entries with a comma, a
+  bracket, a quote, a backslash or a `$` need quotes of their own: `index.paths=["/data/a, b.h5"]`.
 - **Mappings.** A key of type "mapping" takes new names: `data.properties.language=meta.lang`,
   `cluster.env.NCCL_DEBUG=INFO`.
 - **null** is the value of a key that is not set.

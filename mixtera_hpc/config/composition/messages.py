@@ -186,7 +186,10 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
             return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
         name = key.lstrip("+~")
         if hint_of(name) is not None and not re.fullmatch(r"[\w./@-]+", name, re.ASCII):
-            return f"{override!r} cannot be set here: the key {name!r} is not ASCII. Write it in an experiment file."
+            return (
+                f"{override!r} cannot be set here: Hydra takes ASCII letters, digits and ./@_- in a key, but this one "
+                f"is {name!r}. Write it in an experiment file."
+            )
         if "." in name and hint_of(name) is None:
             return _cannot_be_set(name)
         if takes_texts(hint_of(name)):
