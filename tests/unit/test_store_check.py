@@ -1,6 +1,7 @@
 """`index verify --deep` compares a token store with the documents that it samples."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_other_tokens_are_named_with_their_document(
     wrong.tofile(path)
     text = verified(overrides, capsys, 2)
     [row] = json.loads(verified([*overrides, "--json"], capsys, 2))["stores"]
-    assert f"has other tokens than the documents of 1 shard:\n    {row}\n" in text
+    assert f"i.h5.tokens differ from those of the documents in 1 shard:\n    {row}\n" in text
     assert "run mixtera-hpc tokenize again, or set data.tokens=off" in text
     first = next(n for n, sample in enumerate(texts(0, 30)) if sample["lang"] == "a" and sample["text"])
     assert row == f"0.jsonl row {first + (first > 3)}"  # Row 4 is damaged.
@@ -102,8 +103,11 @@ def test_any_number_of_ranks_finds_the_same(overrides: list[str], tmp_path: Path
     (alone,) = run_ranks(1, check)
     assert len(alone) == 3
     assert run_ranks(2, check) == [alone, []]
-    with pytest.raises(DataError, match="documents of 3 shards"):
-        refuse_changed_stores(alone)
+    other = replace(alone[0], store="/other.tokens")
+    with pytest.raises(
+        DataError, match=r"documents in 4 shards.*(?s:.)*Remove .*i\.h5\.tokens, /other\.tokens and run"
+    ):
+        refuse_changed_stores([*alone, other])
 
 
 @pytest.mark.parametrize("chat_loss", ["assistant", "all"])
@@ -124,4 +128,6 @@ def test_marks_of_conversations_count_unless_a_run_ignores_them(
     assert "tokens included" in verified([*words, f"dataplane.chat_loss={chat_loss}"], capsys)
     (np.fromfile(tokens_of(tmp_path), "<u4") ^ (1 << 31)).astype("<u4").tofile(tokens_of(tmp_path))
     code = 2 if chat_loss == "assistant" else 0
-    assert ("other tokens" in verified([*words, f"dataplane.chat_loss={chat_loss}"], capsys, code)) == (code == 2)
+    assert (
+        "differ from those of the documents" in verified([*words, f"dataplane.chat_loss={chat_loss}"], capsys, code)
+    ) == (code == 2)

@@ -77,11 +77,12 @@ def refuse_changed_stores(problems: list[StoreProblem]) -> None:
     if not problems:
         return
     shards = pluralize(len(problems), "shard")
+    folders = ", ".join(dict.fromkeys(problem.store for problem in problems))
     listed = "".join(f"\n    {problem.path} row {problem.row}" for problem in problems[:MAX_LISTED])
     more = f"\n    and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     raise DataError(
-        f"The token store {problems[0].store} has other tokens than the documents of {shards}:{listed}"
-        f"{more}\n  Remove {problems[0].store} and run mixtera-hpc tokenize again, or set data.tokens=off."
+        f"Tokens in {folders} differ from those of the documents in {shards}:{listed}{more}\n"
+        f"  Remove {folders} and run mixtera-hpc tokenize again, or set data.tokens=off."
     )
 
 
