@@ -10,6 +10,7 @@ __all__ = ["dump_yaml", "load_yaml", "parse_yaml_text", "parse_yaml_value", "rea
 
 _FLOAT_OF_OMEGACONF = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 """Numbers for OmegaConf and Hydra, and texts for `yaml.safe_load`: 1e5."""
+_UNICODE_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -96,5 +97,11 @@ def dump_yaml(plain: dict[str, Any]) -> str:
     class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         """Quotes every text that a reader takes for something else."""
 
+        def represent_text(self, text: str) -> Any:
+            # A line break of Unicode would be read back as a space.
+            style = '"' if _UNICODE_LINE_BREAK.search(text) else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, Dumper.represent_text)
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT_OF_OMEGACONF, list("-+0123456789"))
     return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))

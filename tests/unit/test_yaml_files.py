@@ -9,6 +9,7 @@ from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml, parse_yaml_text,
 WORDS = [
     *("308870072333", "012345678901", "12345e678901", "1e5", "-1E+5", "0e0", "1.e5", ".5", "1_000", "0x1f", "007"),
     *("true", "no", "null", "~", "nan", "inf", ".inf", "10:20", "2024-01-01", "1.2.3", "e1", "1e", "", " a", "a: b"),
+    *("a\x85b", "\u2028", "a\u2029"),
 ]
 
 
