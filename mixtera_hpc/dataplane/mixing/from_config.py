@@ -21,7 +21,7 @@ from mixtera_hpc.dataplane.mixing.context import MixtureContext
 from mixtera_hpc.dataplane.mixing.dynamic_mixer import DynamicMixer, ReadLosses
 from mixtera_hpc.dataplane.mixing.mixers import BoundedMixer, FixedMixer, Mixer, MixerStage, ScheduledMixer
 from mixtera_hpc.dataplane.mixing.reference_runs import load_named_values
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import MixtureError, list_names
 
 __all__ = ["make_mixer"]
 
@@ -75,9 +75,8 @@ class _MixerBuilder:
         if (requested & self.context.has_samples).any():
             return
         names = [name for name, is_requested in zip(self.context.names, requested, strict=True) if is_requested]
-        more = ", …" if len(names) > MAX_NAMES else ""
         raise MixtureError(
-            f"All domains of the mixture have been dropped: {', '.join(names[:MAX_NAMES])}{more}.\n"
+            f"All domains of the mixture have been dropped: {list_names(names, MAX_NAMES)}.\n"
             "  Give a domain that still has samples a weight, or drop less."
         )
 
