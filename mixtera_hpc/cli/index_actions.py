@@ -153,8 +153,9 @@ def _verified(
     """Return the output of `index verify`; `more` is added to the JSON fields."""
     if args.json:
         listed = [{"path": shard.path, "problem": shard.problem} for shard in changed]
-        text = json.dumps({"fresh": not changed, "changed": listed, **more})
-        return ActionOutput(text=text, exit_code=2 if changed or more.get("stores") else 0)
+        is_fresh = not changed and not more.get("stores")
+        text = json.dumps({"fresh": is_fresh, "changed": listed, **more})
+        return ActionOutput(text=text, exit_code=0 if is_fresh else 2)
     refuse_changed(index, changed)
     shards = pluralize(len(index.tables.shards.path), "shard")
     text = f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})"

@@ -133,7 +133,9 @@ def _unquoted_hint(text: str) -> str:
         float(text)
     except ValueError:
         return ""
-    return "\n  YAML reads 01, 1e5 and 12:30 without quotes as numbers. Put the value in quotes: '01'."
+    return (
+        "\n  If it stands in YAML: 01, 1e5 and 12:30 without quotes are numbers there. Put the value in quotes: '01'."
+    )
 
 
 def _matches_wildcard(value: str, literals: list[str]) -> bool:

@@ -66,7 +66,7 @@ def test_every_property_of_a_key_must_match_and_any_of_several_values_matches() 
         ({"matches": "c"}, "source matching 'c'"),
         ("c4-", r"no sample matches. Did you mean"),
         (False, r"source = 'false', .*\n  YAML reads yes, on, no and off without quotes .*: 'no'\.$"),
-        (750, r"source = '750', .*\n  YAML reads 01, 1e5 and 12:30 without quotes .*: '01'\.$"),
+        (750, r"source = '750', .*\n  If it stands in YAML: 01, 1e5 and 12:30 .*: '01'\.$"),
     ],
 )
 def test_a_key_that_matches_no_sample_is_refused(value: Any, message: str) -> None:

@@ -65,7 +65,8 @@ def test_an_unchanged_store_passes(overrides: list[str], tmp_path: Path, capsys:
     (tmp_path / "data" / "more.jsonl").write_text("\n".join(json.dumps(row) for row in texts(9, 30)))
     assert main(["index", "refresh", *overrides]) == 0
     assert main(["tokenize", *overrides]) == 0
-    assert json.loads(verified([*overrides, "--json"], capsys))["stores"] == []
+    answer = json.loads(verified([*overrides, "--json"], capsys))
+    assert (answer["fresh"], answer["stores"]) == (True, [])
 
 
 def test_other_tokens_are_named_with_their_document(
@@ -77,7 +78,9 @@ def test_other_tokens_are_named_with_their_document(
     wrong[0] ^= 1  # Of the first document with the first combination of values.
     wrong.tofile(path)
     text = verified(overrides, capsys, 2)
-    [row] = json.loads(verified([*overrides, "--json"], capsys, 2))["stores"]
+    answer = json.loads(verified([*overrides, "--json"], capsys, 2))
+    assert not answer["fresh"]
+    [row] = answer["stores"]
     assert f"i.h5.tokens differ from those of the documents in 1 shard:\n    {row}\n" in text
     assert "run mixtera-hpc tokenize again, or set data.tokens=off" in text
     first = next(n for n, sample in enumerate(texts(0, 30)) if sample["lang"] == "a" and sample["text"])
