@@ -48,7 +48,8 @@ LARGE_BATCH = 256
 """Sequences per step; the larger ones with `shuffle=sequence` only."""
 SETTLE_S = 0.05
 """After a round, a reading thread fills its queue. The round has the CPU time of that, and began with a full queue."""
-STEPS_PER_ROUND = 100
+STEPS_PER_ROUND = 128
+"""A multiple of the steps of any read, which are 64 at most: all rounds find as many documents as they copy."""
 MEGATRON_SEQUENCES = 640
 """Sequences per round; Megatron-core is slower, and needs no more for the same precision."""
 ROUNDS = 7
