@@ -41,7 +41,7 @@ SEQUENCES = 16
 """Sequences of one rank in a step."""
 ROUNDS = 12
 TOKENS_PER_ROUND = 20_000_000
-"""As many in each round, so that the rate over all rounds is the harmonic mean of theirs."""
+"""Tokens of every round. They are equal, so the rate over all rounds is the harmonic mean of those of the rounds."""
 TOKENS_PER_ROW = 257
 """Mean number of tokens of a row of this corpus with this tokenizer."""
 

@@ -54,7 +54,7 @@ EXTRAS = {
 """Optional package → the extra of `pyproject.toml` that installs it."""
 
 USER_CODE_ERRORS = (Exception, SystemExit, GeneratorExit)
-"""What a function of the user's may raise. A `sys.exit()` in it must not end the program with exit code 0."""
+"""Errors of a function of the user's. A `sys.exit()` in it must not end the program with exit code 0."""
 
 EXIT_INTERRUPTED = 130
 """Exit code of a process that ended on SIGINT, as shells report it."""

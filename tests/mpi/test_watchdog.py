@@ -31,7 +31,7 @@ LIMIT_S = 4
 """`dataplane.watchdog_s`: longer than a busy machine delays a step."""
 NAMED_S = LIMIT_S + 10
 END_S = 10 + 5
-"""What the documentation promises, and what a busy machine adds."""
+"""Seconds that the documentation promises, and those that a busy machine adds."""
 HANG_S = 600
 """A guard against hanging, for what has no promised time."""
 WORDS = [

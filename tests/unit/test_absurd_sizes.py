@@ -41,7 +41,7 @@ FAULTS = {
         r"dataplane\.batch_schedule\[0\]\.size is 999999, .* 2e\+10 tokens per step",
     ),
 }
-"""What no machine can hold."""
+"""Sizes that no machine can hold."""
 
 MEMORY_FAULTS = {
     "length": ([f"{LENGTH}=20000000"], r"need 10\.4 GB of memory on this node for batches, which has 8\.59 GB"),
@@ -49,7 +49,7 @@ MEMORY_FAULTS = {
     "stage": ([f"{STAGE}=[{{start: 9, size: 900000}}]", f"{LENGTH}=200"], r"schedule\[0\]\.size=900000 need 11\.7 GB"),
     "activations": ([f"{LENGTH}=200000"], r"need at least 13\.1 GB for the activations of 8 sequences"),
 }
-"""What this node cannot hold."""
+"""Sizes that this node cannot hold."""
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ class BufferFlags(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContribution:
-    """What one rank has recorded of a step. Without arguments: nothing."""
+    """Everything that one rank has recorded of a step. The defaults describe a rank that has recorded nothing."""
 
     rows: Ints | None = None
     """Sums of the domains, shape (NUM_BUFFER_ROWS, K), and rows of scalars if the run has any; see

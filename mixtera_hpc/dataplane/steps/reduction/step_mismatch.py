@@ -26,7 +26,7 @@ class Reduction:
     result: Ints
     request: CollectiveRequest
     contribution: StepContribution
-    """What this rank recorded."""
+    """Contribution of this rank."""
     contents: tuple[str, ...]
     """With `dataplane.audit`, the digest of every sequence that this rank handed out."""
     has_other_scalars: bool = False
